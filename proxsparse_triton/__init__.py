@@ -1,0 +1,31 @@
+"""ProxSparse for pretrained language models: learn 2:4 sparsity masks and use them.
+
+The names below are imported when they are first used, so that `import proxsparse_triton` costs nothing and needs neither
+Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "prox_24": "ops.prox",
+    "frozen_penalty": "ops.frozen_penalty",
+    "accumulate_frozen_penalty": "ops.frozen_penalty",
+    "mask_24": "ops.mask",
+    "load_masks": "formats.masks",
+    "apply_masks": "formats.masks",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,376 @@
+"""`pst eval`: perplexity and benchmark tasks of a model, and what it keeps of the dense one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    from ..calibration.windows import Windows
+    from ..evaluation.harness import TaskResults, TaskScore, TaskSuite
+    from ..models.loading import ModelSource
+
+DEFAULT_SEQLEN = 2048  # the papers' older protocol; 4096 on request
+# How many windows of a corpus that has no natural end; every other source is read whole.
+STREAM_WINDOWS = 256
+BUILT_IN_TEXTS = ("c4", "wikitext2", "stdlib")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of the command, as click delivers them."""
+
+    path: str
+    perplexity: tuple[str, ...]
+    tasks: str | None
+    dense: str | None
+    no_dense: bool
+    seqlen: int | None
+    windows: int | None
+    batch_size: int
+    device: str | None
+    dtype: str | None
+    limit: int | None
+    as_json: bool
+    trust_remote_code: bool
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What was measured on one model: one perplexity for each text, and the tasks."""
+
+    model: str
+    device: str
+    dtype: str
+    perplexities: tuple[float, ...]
+    tasks: TaskResults | None
+
+
+class _Notes(Progress):
+    """Notes without bars: lm-eval draws its own, and two displays on one terminal garble each other."""
+
+    def note(self, message: str) -> None:
+        click.echo(message, err=True)
+
+
+@click.command("eval")
+@click.argument("path")
+@click.option(
+    "--perplexity", metavar="SRC", multiple=True, help="Text: wikitext2, c4, stdlib, a Hub dataset, a file or folder. May be repeated."
+)
+@click.option("--tasks", metavar="A,B,C", help="lm-eval task names or task files (.yaml); `paper`: the seven zero-shot tasks.")
+@click.option("--dense", metavar="MODEL", help="Measure this model too and show the recovery. Default: the original of a run of ours.")
+@click.option("--no-dense", is_flag=True, help="Do not measure the original.")
+@click.option("--seqlen", type=click.IntRange(min=2), help=f"Tokens of a window. Default: the model's limit, at most {DEFAULT_SEQLEN}.")
+@click.option("--windows", type=click.IntRange(min=1), help=f"Number of windows. Default: all; {STREAM_WINDOWS} of c4 and Hub datasets.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows or answers per forward pass.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: float32 on the CPU, as stored on a GPU.")
+@click.option("--limit", type=click.IntRange(min=1), help="First N documents of every task: for a try, not for a report.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+def evaluate(**options: Any) -> None:
+    """Measure the model at PATH (a folder, a Hub id, or `demo`).
+
+    For a run of `pst prune` the dense original is measured too, on the same windows and tasks, and the table shows the recovery: what
+    the pruned model keeps, in per cent (100 is as good as dense).
+
+    Perplexity: exp of the mean token cross-entropy inside non-overlapping windows. wikitext2 is its test set joined by empty lines, as
+    in the papers (windows of 2048 or 4096 tokens, all of them); of c4, stdlib and Hub datasets the held-out side is used; your own
+    files are used whole.
+    """
+    settings = _Settings(**options)
+    _check_usage(settings)
+
+    from ..evaluation.harness import load_tasks
+    from ..models.loading import load_tokenizer, resolve_model
+    from .console import console_progress
+
+    place = _place(settings.device)
+    notes = _Notes()
+    source = resolve_model(settings.path)
+    dense = _dense_source(settings, source, notes)
+    seqlen = _seqlen(settings, [source] if dense is None else [source, dense])
+    tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code, progress=notes)
+    if dense is not None:
+        _check_same_tokenizer(settings, tokenizer, dense)
+    with console_progress() as progress:
+        texts = [_windows(spec, tokenizer, seqlen, settings.windows, progress) for spec in settings.perplexity]
+    # Before the weights: a mistyped task or a missing network costs seconds instead of minutes.
+    suite = load_tasks(settings.task_names, progress=notes) if settings.task_names else None
+
+    measured = _measure(settings, source, tokenizer, texts=texts, suite=suite, place=place)
+    original = None if dense is None else _measure(settings, dense, tokenizer, texts=texts, suite=suite, place=place)
+    report = _report(texts, measured, original)
+    if settings.as_json:
+        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        _print(report)
+
+
+def _check_usage(settings: _Settings) -> None:
+    if not settings.perplexity and settings.tasks is None:
+        raise click.UsageError("nothing to measure: give --perplexity SRC, --tasks A,B,C, or both.")
+    if settings.tasks is not None and not settings.task_names:
+        raise click.UsageError("--tasks needs at least one name, for example --tasks arc_easy,boolq or --tasks paper.")
+    if settings.dense is not None and settings.no_dense:
+        raise click.UsageError("--dense and --no-dense contradict each other.")
+    for option, value, needed in (
+        ("--seqlen", settings.seqlen, settings.perplexity),
+        ("--windows", settings.windows, settings.perplexity),
+        ("--limit", settings.limit, settings.tasks),
+    ):
+        if value is not None and not needed:
+            raise click.UsageError(f"{option} has no effect without {'--tasks' if option == '--limit' else '--perplexity'}.")
+
+
+def _place(device: str | None) -> str:
+    """The device to run on, checked before anything is read."""
+    import torch
+
+    from ..errors import BackendError
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise BackendError("eval: expected a CUDA GPU for --device cuda, got none. Use --device cpu, or install torch with CUDA.")
+    return device or ("cuda" if available else "cpu")
+
+
+def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> ModelSource | None:
+    """The model to compare with: --dense, or the original that a run of ours names, if it is still there."""
+    from ..errors import ProxSparseError
+    from ..formats.manifest import read_manifest
+    from ..models.loading import resolve_model
+
+    if settings.dense is not None:
+        return resolve_model(settings.dense)
+    if settings.no_dense or not (source.folder / "manifest.json").is_file():
+        return None
+    try:
+        spec, revision = _original(read_manifest(source.folder))
+        return None if spec is None else resolve_model(spec, revision=revision)
+    except ProxSparseError as error:
+        notes.note(f"The dense original is not measured: {error} Name it with --dense, or silence this with --no-dense.")
+        return None
+
+
+def _original(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(spec, revision) of the model that a run started from: `model` in its manifest, a string or an object with `spec`."""
+    model = manifest.get("model")
+    if isinstance(model, Mapping):
+        spec, revision = model.get("spec"), model.get("revision")
+    else:
+        spec, revision = model, manifest.get("revision")
+    return (spec if isinstance(spec, str) else None), (revision if isinstance(revision, str) else None)
+
+
+def _seqlen(settings: _Settings, sources: Sequence[ModelSource]) -> int:
+    """The window length, checked against the models' limits before their weights are read."""
+    from ..errors import ConfigError
+    from ..models.loading import max_seqlen
+
+    limits: dict[str, int] = {}
+    for source in sources:
+        config = _config(source, settings.trust_remote_code)
+        limit = None if config is None else max_seqlen(config)
+        if limit is not None:
+            limits[source.spec] = limit
+    if settings.seqlen is None:
+        return min([DEFAULT_SEQLEN, *limits.values()])
+    for spec, limit in limits.items():
+        if settings.seqlen > limit:
+            raise ConfigError(
+                f"eval: expected --seqlen of at most {limit}, the limit of {spec}, got {settings.seqlen}. Lower it or leave it out."
+            )
+    return settings.seqlen
+
+
+def _config(source: ModelSource, trust_remote_code: bool) -> Any:
+    """The model's configuration object, None if it does not load: load_model then says why."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception:  # custom code, an unknown model type, a broken file
+        return None
+
+
+def _check_same_tokenizer(settings: _Settings, tokenizer: Any, dense: ModelSource) -> None:
+    """Both models read the same token ids, so these must mean the same text to both."""
+    from ..errors import ConfigError
+    from ..models.loading import load_tokenizer
+
+    other = load_tokenizer(dense, trust_remote_code=settings.trust_remote_code)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"eval: expected one tokenizer for {settings.path} and {dense.spec}, got two with different vocabularies "
+            f"({len(tokenizer)} and {len(other)} tokens). Name the original with --dense, or use --no-dense."
+        )
+
+
+def _windows(spec: str, tokenizer: Any, seqlen: int, count: int | None, progress: Progress) -> Windows:
+    """Windows of one text: of corpora that a run may be calibrated on only the held-out side, of the user's own files all."""
+    from pathlib import Path
+
+    from ..calibration.sources import open_source
+    from ..calibration.windows import evaluation_windows
+
+    local = spec not in BUILT_IN_TEXTS and Path(spec).expanduser().exists()
+    endless = spec == "c4" or (spec not in BUILT_IN_TEXTS and not local)
+    text = open_source(spec, split="all" if local else "heldout")
+    windows, _ = evaluation_windows(
+        text, tokenizer, windows=count or (STREAM_WINDOWS if endless else None), seqlen=seqlen, progress=progress
+    )
+    return windows
+
+
+def _measure(
+    settings: _Settings, source: ModelSource, tokenizer: Any, *, texts: Sequence[Windows], suite: TaskSuite | None, place: str
+) -> _Figures:
+    """Load one model, measure everything on it, and let it go: two models never share the memory."""
+    import gc
+
+    import torch
+
+    from ..evaluation.harness import run_tasks
+    from ..evaluation.perplexity import perplexity
+    from ..models.loading import load_model
+    from .console import console_progress
+
+    dtype = getattr(torch, settings.dtype) if settings.dtype else torch.float32 if place == "cpu" else None
+    notes = _Notes()
+    notes.note(f"Loading {source.spec}.")
+    gc.collect()
+    model = load_model(source, dtype=dtype, device=place, trust_remote_code=settings.trust_remote_code)
+    with console_progress() as progress:
+        found = tuple(perplexity(model, text.tokens, batch_size=settings.batch_size, progress=progress) for text in texts)
+    tasks = None
+    if suite is not None:
+        tasks = run_tasks(model, tokenizer, suite, batch_size=settings.batch_size, limit=settings.limit, progress=notes)
+    return _Figures(source.spec, place, str(model.dtype).removeprefix("torch."), found, tasks)
+
+
+def _report(texts: Sequence[Windows], measured: _Figures, dense: _Figures | None) -> dict[str, Any]:
+    """Everything measured as plain JSON: what --json prints and the table shows."""
+    from ..evaluation.harness import percent
+
+    perplexities = []
+    for index, text in enumerate(texts):
+        entry: dict[str, Any] = {"corpus": text.source, "seqlen": text.seqlen, "windows": len(text.tokens), "fingerprint": text.fingerprint}
+        entry["perplexity"] = _finite(measured.perplexities[index])
+        if dense is not None:
+            entry["dense"] = _finite(dense.perplexities[index])
+            entry["recovery"] = percent(dense.perplexities[index], measured.perplexities[index], higher_is_better=False)
+        perplexities.append(entry)
+    return {
+        "model": measured.model,
+        "dense": None if dense is None else dense.model,
+        "device": measured.device,
+        "dtype": measured.dtype,
+        "perplexity": perplexities,
+        "tasks": None if measured.tasks is None else _task_report(measured.tasks, None if dense is None else dense.tasks),
+    }
+
+
+def _task_report(measured: TaskResults, dense: TaskResults | None) -> dict[str, Any]:
+    from ..evaluation.harness import recovery
+
+    kept = {} if dense is None else recovery(dense, measured)
+    entries = []
+    for index, score in enumerate(measured.scores):
+        entry: dict[str, Any] = {"task": score.task, "metric": score.metric, "samples": score.samples, **_score_report(score)}
+        if dense is not None:
+            entry |= {"dense": _score_report(dense.scores[index]), "recovery": kept[score.task]}
+        entries.append(entry)
+    report: dict[str, Any] = {"num_fewshot": measured.num_fewshot, "limit": measured.limit, "scores": entries, "mean": measured.mean}
+    if dense is not None:
+        report |= {"dense_mean": dense.mean, "recovery": kept["mean"]}
+    return report
+
+
+def _score_report(score: TaskScore) -> dict[str, Any]:
+    return {
+        "score": _finite(score.score),
+        "metrics": {name: _finite(value) for name, value in score.metrics.items()},
+        "stderr": {name: _finite(value) for name, value in score.stderr.items()},
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    """The report as one table on stdout."""
+    from .console import print_table
+
+    compared = report["dense"] is not None
+    rows = [_perplexity_row(entry) for entry in report["perplexity"]]
+    tasks = report["tasks"]
+    if tasks is not None:
+        rows += [row for entry in tasks["scores"] for row in _task_rows(entry)]
+        if tasks["mean"] is not None and len(tasks["scores"]) > 1:
+            name = f"mean of {len(tasks['scores'])} tasks, acc"
+            rows.append((name, _number(tasks.get("dense_mean"), 4), _number(tasks["mean"], 4), _per_cent(tasks.get("recovery"))))
+    remarks = []
+    if report["perplexity"]:
+        remarks.append("Perplexity: lower is better.")
+    if tasks is not None:
+        some = f"the first {tasks['limit']} documents of each" if tasks["limit"] else "all documents"
+        remarks.append(f"Tasks: lm-eval, {tasks['num_fewshot']}-shot, {some}.")
+    if compared:
+        remarks.append("Recovery: 100 % is as good as dense (perplexity: dense / pruned, accuracy: pruned / dense).")
+    title = f"{report['model']} ({report['dtype']}, {report['device']})" + (f" against {report['dense']}" if compared else "")
+    columns = ("measure", "dense", "pruned", "recovery") if compared else ("measure", "value")
+    shown = rows if compared else [(name, value) for name, _, value, _ in rows]
+    print_table(title, columns, shown, note=" ".join(remarks))
+
+
+def _perplexity_row(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    name = f"perplexity, {entry['corpus']}, {entry['windows']} windows of {entry['seqlen']}"
+    return name, _number(entry.get("dense"), 3), _number(entry["perplexity"], 3), _per_cent(entry.get("recovery"))
+
+
+def _task_rows(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """One row for the metric that stands for the task, and one for acc_norm where the task has it."""
+    from ..evaluation.harness import percent
+
+    def shown(side: Mapping[str, Any] | None, metric: str) -> str:
+        if side is None:
+            return ""
+        error = side["stderr"].get(metric)
+        return _number(side["metrics"][metric], 4) + ("" if error is None else f" ± {error:.4f}")
+
+    dense = entry.get("dense")
+    rows = [
+        (
+            f"{entry['task']}, {entry['metric']}",
+            shown(dense, entry["metric"]),
+            shown(entry, entry["metric"]),
+            _per_cent(entry.get("recovery")),
+        )
+    ]
+    if "acc_norm" in entry["metrics"] and entry["metric"] != "acc_norm":
+        kept = None if dense is None else percent(dense["metrics"]["acc_norm"], entry["metrics"]["acc_norm"])
+        rows.append((f"{entry['task']}, acc_norm", shown(dense, "acc_norm"), shown(entry, "acc_norm"), _per_cent(kept)))
+    return rows
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def _per_cent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"

@@ -1,0 +1,89 @@
+"""Options that `pst prune` and `pst compare` share, and the settings they turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..pipeline import RunConfig
+
+Command = Callable[..., Any]
+
+# Options that belong to a method: its dataclass has a field of the same name. None means "the method's default".
+METHOD_OPTIONS = (
+    click.option("--lambda1", type=float, help="proxsparse: strength of the 2:4 regulariser. Default: from weight scale and steps."),
+    click.option("--lambda2", type=float, help="proxsparse: strength of the frozen-weight penalty. Default: 0, off."),
+    click.option("--frozen-eps", type=float, help="proxsparse: eps of the frozen-weight penalty. Default: 0.1."),
+    click.option("--lr", type=float, help="proxsparse: peak learning rate. Default: from weight scale and steps."),
+    click.option("--batch-size", type=int, help="proxsparse: windows per step. Default: 1."),
+    click.option("--epochs", type=int, help="proxsparse: passes over the windows. Default: 1."),
+    click.option("--dampening", type=float, help="sparsegpt: share of the mean Hessian diagonal added to it. Default: 0.01."),
+    click.option("--mask-only", is_flag=True, default=None, help="sparsegpt: its mask on the original weights, none updated."),
+)
+METHOD_FIELDS = ("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "dampening", "mask_only")
+
+RUN_OPTIONS = (
+    click.option("-o", "--output", required=True, metavar="RUN", help="Folder to write; must not exist, or be empty."),
+    click.option(
+        "--calibration", metavar="SRC", help="c4, wikitext2, stdlib, a Hub dataset, a file or folder. [default: c4; demo: stdlib]"
+    ),
+    click.option("--eval", "evaluation", metavar="SRC", help="Text to measure on. [default: the held-out side of --calibration]"),
+    click.option("--samples", type=int, default=400, show_default=True, help="Calibration windows."),
+    click.option("--seqlen", type=int, help="Tokens of a window. [default: the model's limit, at most 4096]"),
+    click.option("--eval-windows", type=int, default=128, show_default=True, help="Windows to measure on."),
+    click.option(
+        "--windows",
+        type=click.Choice(["packed", "documents"]),
+        default="packed",
+        show_default=True,
+        help="Documents packed to full windows, or one truncated document a window (the authors' way).",
+    ),
+    click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet or Hub rows that holds the text."),
+    click.option("--seed", type=int, default=42, show_default=True),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU]"),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Of learning."
+    ),
+    click.option("--include", multiple=True, metavar="REGEX", help="Only layers whose name matches. May be repeated."),
+    click.option("--skip", multiple=True, metavar="REGEX", help="Leave out layers whose name matches. May be repeated."),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier run of pst at RUN (never anything else)."),
+    click.option("--revision", metavar="COMMIT", help="Branch, tag or commit of a Hub model."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the table."),
+)
+
+
+def with_options(options: tuple[Command, ...]) -> Command:
+    """Decorator that adds `options` in order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def method_settings(options: dict[str, Any]) -> dict[str, object]:
+    """Takes the method's options out of `options`; those not given are left out."""
+    taken = {name: options.pop(name) for name in METHOD_FIELDS if name in options}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
+    """The RunConfig of the shared options."""
+    from ..pipeline import RunConfig
+
+    calibration = options.pop("calibration") or ("stdlib" if model == "demo" else "c4")
+    return RunConfig(
+        model=model,
+        output=Path(options.pop("output")),
+        calibration=calibration,
+        evaluation_windows=options.pop("eval_windows"),
+        **options,
+        **more,
+    )

@@ -1,0 +1,87 @@
+"""Several methods on the same text: one run folder each, one table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .formats.folder import check_output, output_folder
+from .formats.manifest import write_manifest
+from .formats.masks import load_masks
+from .methods.base import build_method
+from .methods.magnitude import magnitude_mask
+from .models.loading import load_model
+from .models.selection import LayerPlan
+from .pipeline import Inputs, RunConfig, RunRecord, prepare, run_method
+from .progress import SILENT, Progress
+from .sparsity import BLOCK
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table; share of blocks whose mask is the one magnitude would choose, 0 to 1."""
+
+    record: RunRecord
+    magnitude_agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    inputs: Inputs
+    rows: tuple[Row, ...]
+
+
+def compare(
+    config: RunConfig, methods: Sequence[str], settings: Mapping[str, Mapping[str, object]], progress: Progress = SILENT
+) -> Comparison:
+    """Runs `methods` with their `settings` on the same windows into `config.output`/<method>.
+
+    Raises: any ProxSparseError; the folder appears only when every method has finished.
+    """
+    check_output(config.output, overwrite=config.overwrite)
+    if not methods or len(set(methods)) != len(methods):
+        raise ConfigError(f"compare: expected at least one method, each once, got {', '.join(methods) or 'none'}. Check --methods.")
+    built = {name: build_method(name, settings.get(name, {})) for name in methods}
+    model, inputs = prepare(config, list(built.values()), progress)
+    magnitude = _magnitude_masks(model, inputs.plan)
+    rows = []
+    with output_folder(config.output, overwrite=config.overwrite) as out:
+        for index, (name, method) in enumerate(built.items()):
+            if index:
+                model = load_model(inputs.source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
+            run = dataclasses.replace(config, method=name, output=out / name, settings=settings.get(name, {}))
+            record = run_method(run, method, model, inputs, progress)
+            rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
+        write_manifest(out, {"comparison": [_entry(row, out) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
+    return Comparison(inputs, tuple(rows))
+
+
+def agreement(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """Share of blocks, over all layers, that two sets of masks decide alike."""
+    same = total = 0
+    for name, mask in masks.items():
+        equal = (mask == others[name]).unflatten(-1, (-1, BLOCK)).all(-1)
+        same, total = same + int(equal.sum()), total + equal.numel()
+    return same / total
+
+
+def _magnitude_masks(model: nn.Module, plan: LayerPlan) -> dict[str, Tensor]:
+    return {f"{name}.weight": magnitude_mask(model.get_parameter(f"{name}.weight")) for name in plan.selected()}
+
+
+def _entry(row: Row, out: Path) -> dict[str, object]:
+    record = row.record
+    return {
+        "method": record.method,
+        "folder": str(record.folder.relative_to(out)),
+        "perplexity": record.perplexity,
+        "seconds": round(record.seconds, 3),
+        "peak_memory_bytes": record.peak_memory,
+        "magnitude_agreement": row.magnitude_agreement,
+        **{key: value for key, value in record.summary.items() if key != "settings"},
+    }

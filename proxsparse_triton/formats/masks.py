@@ -1,0 +1,213 @@
+"""`masks.safetensors`: which two of every four weights are kept, in a third of a byte per block (0.083 bytes per weight).
+
+The format, complete:
+
+- A safetensors file with one uint8 tensor of one dimension per masked parameter, under the parameter's name.
+- Flatten the mask row by row and cut it into blocks of 4. A block keeps one of six pairs of positions; its pattern is the
+  pair's place in the list 01, 02, 03, 12, 13, 23.
+- Three patterns make one byte, p0 + 6 p1 + 36 p2 (0..215), in block order; the last byte is filled up with pattern 0. A mask
+  of n weights takes ceil(n / 12) bytes.
+- The file's metadata holds `format` = "proxsparse-masks", `version` = "1" and `shapes`, a JSON object {name: shape} in the
+  model's order; other keys are free.
+
+A reader in numpy:
+
+    import json, math
+    import numpy as np
+    from safetensors import safe_open
+
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    table = np.array([[i in pair for i in range(4)] for pair in pairs])
+    masks = {}
+    with safe_open(path, framework="numpy") as file:
+        for name, shape in json.loads(file.metadata()["shapes"]).items():
+            byte = file.get_tensor(name)
+            patterns = np.stack([byte % 6, byte // 6 % 6, byte // 36], axis=1)
+            masks[name] = table[patterns].reshape(-1)[: math.prod(shape)].reshape(shape)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ModelError, ShapeError
+from ..sparsity import BLOCK, check_mask, check_width
+from .folder import atomic_file
+from .shards import MASKS_NAME, write_safetensors
+
+FORMAT = "proxsparse-masks"
+VERSION = "1"
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+PER_BYTE = 3
+BYTES = len(PAIRS) ** PER_BYTE
+INVALID = 255
+
+
+def _encoding_table() -> NDArray[np.uint8]:
+    """[256, 2]: the patterns of the two blocks whose 8 kept flags make a byte, the first flag in the lowest bit."""
+    nibbles = np.full(16, INVALID, dtype=np.uint8)
+    for pattern, (first, second) in enumerate(PAIRS):
+        nibbles[(1 << first) | (1 << second)] = pattern
+    byte = np.arange(256)
+    return np.stack([nibbles[byte & 15], nibbles[byte >> 4]], axis=1)
+
+
+def _decoding_table() -> NDArray[np.bool_]:
+    """[216, 12]: the kept flags of the three blocks of a byte."""
+    table = np.array([[position in pair for position in range(BLOCK)] for pair in PAIRS])
+    byte = np.arange(BYTES)
+    flags: NDArray[np.bool_] = table[np.stack([byte % 6, byte // 6 % 6, byte // 36], axis=1)].reshape(BYTES, PER_BYTE * BLOCK)
+    return flags
+
+
+_ENCODE = _encoding_table()
+_DECODE = _decoding_table()
+
+
+def save_masks(path: Path, masks: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write masks atomically to `path` (a folder: to masks.safetensors in it); equal masks give equal files.
+
+    Args:
+        masks: parameter name -> bool [..., in_features], exactly two of every four True; any device.
+        metadata: text that travels in the file's header.
+    Raises: ShapeError: a mask is not bool or not 2:4. ConfigError: no masks, or metadata under a reserved key. OutputError.
+    """
+    extra = dict(metadata or {})
+    reserved = sorted(extra.keys() & {"format", "version", "shapes"})
+    if not masks or reserved or not all(isinstance(value, str) for value in extra.values()):
+        problem = f"the reserved metadata keys {', '.join(reserved)}" if reserved else "metadata that is not text" if masks else "none"
+        raise ConfigError(
+            f"save_masks: expected masks and metadata of text under keys of its own, got {problem}. "
+            "Pass at least one mask and rename the keys."
+        )
+    packed = {name: _pack(name, mask) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    extra |= {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes, ensure_ascii=False)}
+    layout = [(name, "U8", (len(data),)) for name, data in packed.items()]
+    with atomic_file(path / MASKS_NAME if path.is_dir() else path) as file:
+        write_safetensors(file, layout, (torch.from_numpy(data) for data in packed.values()), extra)
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Read the masks of a run folder or of a masks file: parameter name -> bool mask of the weight's shape, CPU.
+
+    Raises: ModelError: no such file, corrupt, another format or version, or a tensor that does not fit its shape.
+    """
+    path = Path(path)
+    path = path / MASKS_NAME if path.is_dir() else path
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = _shapes(path, file.metadata() or {}, set(file.keys()))
+            return {name: _unpack(path, name, file.get_tensor(name), shape) for name, shape in shapes.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"load_masks: expected a masks file written by this tool, got {path} ({error}). Name a run folder or its {MASKS_NAME}."
+        ) from error
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the pruned weights of `model` to +0.0, in place; kept weights stay bit for bit. Nothing changes unless all fits.
+
+    Tied parameters are handled once, under any of their names. Applying the same masks again changes nothing.
+
+    Raises: ModelError: names that the model does not have, or two masks that disagree on one tied parameter.
+        ShapeError: a mask of another shape, or not 2:4.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in masks if name not in parameters]
+    if unknown:
+        raise ModelError(
+            f"apply_masks: expected names of the model's parameters, got {len(unknown)} unknown: {', '.join(unknown[:3])}. "
+            "Use the model that the masks were made for."
+        )
+    check_masks("apply_masks", masks)
+    chosen: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        if mask.shape != parameter.shape:
+            raise ShapeError(
+                f"apply_masks: expected the mask of {name} in the weight's shape {tuple(parameter.shape)}, got {tuple(mask.shape)}. "
+                "Use the model that the masks were made for."
+            )
+        if not torch.equal(chosen.setdefault(id(parameter), (parameter, mask))[1].cpu(), mask.cpu()):
+            raise ModelError(f"apply_masks: expected one mask for the tied parameter {name}, got two that disagree. Keep one of them.")
+    with torch.no_grad():
+        for parameter, mask in chosen.values():
+            # Multiplying would write -0.0 for negative weights and keep NaN alive.
+            parameter.masked_fill_(~mask.to(parameter.device), 0.0)
+
+
+def check_masks(function: str, masks: Mapping[str, Tensor]) -> None:
+    """Raise ShapeError unless every mask is bool and exactly 2:4; several times faster than `sparsity.check_mask` on the CPU."""
+    for name, mask in masks.items():
+        _patterns(function, name, mask)
+
+
+def _patterns(function: str, name: str, mask: Tensor) -> NDArray[np.uint8]:
+    """bool [..., in_features] -> the pattern 0..5 of each block, uint8 [blocks]."""
+    check_width(function, mask.shape)
+    if mask.dtype != torch.bool:
+        check_mask(function, name, mask)
+    flags = np.packbits(mask.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1), bitorder="little")
+    patterns: NDArray[np.uint8] = _ENCODE[flags].reshape(-1)[: mask.numel() // BLOCK]
+    if patterns.size and patterns.max() == INVALID:
+        check_mask(function, name, mask)  # says which block is wrong; too slow to run on every good mask
+    return patterns
+
+
+def _pack(name: str, mask: Tensor) -> NDArray[np.uint8]:
+    """bool [..., in_features] -> uint8 [ceil(blocks / 3)]."""
+    patterns = _patterns("save_masks", name, mask)
+    padded = np.zeros(-(-patterns.size // PER_BYTE) * PER_BYTE, dtype=np.uint8)
+    padded[: patterns.size] = patterns
+    p0, p1, p2 = padded.reshape(-1, PER_BYTE).T
+    packed: NDArray[np.uint8] = p0 + 6 * p1 + 36 * p2
+    return packed
+
+
+def _unpack(path: Path, name: str, data: NDArray[Any], shape: tuple[int, ...]) -> Tensor:
+    """uint8 [ceil(blocks / 3)] -> bool [shape]."""
+    count = math.prod(shape)
+    if data.dtype != np.uint8 or data.shape != (-(-count // (PER_BYTE * BLOCK)),):
+        raise ModelError(
+            f"load_masks: expected {-(-count // (PER_BYTE * BLOCK))} uint8 values for {name} of shape {shape}, "
+            f"got {data.dtype} {data.shape} in {path}. The file is corrupt: copy it again."
+        )
+    if data.size and data.max() >= BYTES:
+        raise ModelError(
+            f"load_masks: expected bytes below {BYTES} for {name}, got {data.max()} in {path}. The file is corrupt: copy it again."
+        )
+    return torch.from_numpy(_DECODE[data].reshape(-1)[:count].reshape(shape))
+
+
+def _shapes(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the metadata, checked: one for every tensor, and nothing else."""
+    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+        raise ModelError(
+            f"load_masks: expected the format {FORMAT} version {VERSION}, "
+            f"got {metadata.get('format')!r} version {metadata.get('version')!r} in {path}. "
+            "Name a masks file of this tool, or update the tool."
+        )
+    try:
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"load_masks: expected a JSON object of shapes in the metadata of {path}, got something else. The file is corrupt."
+        ) from error
+    for name in sorted(names ^ shapes.keys()):
+        holds = "a tensor without a shape" if name in names else "a shape without a tensor"
+        raise ModelError(f"load_masks: expected a tensor and a shape for each mask, got {holds} for {name} in {path}. The file is corrupt.")
+    for name, shape in shapes.items():
+        if not shape or not all(type(size) is int and 0 <= size < 2**31 for size in shape) or shape[-1] % BLOCK:
+            raise ModelError(f"load_masks: expected a shape in blocks of {BLOCK} for {name}, got {shape} in {path}. The file is corrupt.")
+    return shapes

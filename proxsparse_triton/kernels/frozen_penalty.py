@@ -1,0 +1,64 @@
+"""frozen_penalty: value sum r^2 and gradient 2 r a (2w - w0), with a = 1 / (w0 + eps sgn(w0)), r = a w (w - w0)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block import round_to
+from .launch import interpreted
+
+TILE = 1024
+INTERPRETER_TILE = 1 << 16
+
+
+@triton.jit
+def _frozen_penalty_kernel(
+    w_ptr, w0_ptr, grad_ptr, partial_ptr, lam, frozen_eps, n,
+    ACCUMULATE: tl.constexpr, HAS_GRAD: tl.constexpr, TILE: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """partial[program] = lam * sum of r^2 over its TILE weights; grad = (grad +) 2 lam r a (2w - w0).
+
+    Reads w and w0 once, and the gradient once where it is added to: 12 bytes per weight in bf16 with a written gradient.
+    """
+    lam = tl.cast(lam, tl.float32)
+    frozen_eps = tl.cast(frozen_eps, tl.float32)
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = offset < n
+    w = tl.load(w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    w0 = tl.load(w0_ptr + offset, mask=inside, other=1.0).to(tl.float32)
+    a = 1 / (w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps))
+    r = a * w * (w - w0)
+    tl.store(partial_ptr + tl.program_id(0), lam * tl.sum(r * r))
+    if HAS_GRAD:
+        grad = 2 * lam * r * a * (2 * w - w0)
+        if ACCUMULATE:
+            grad += tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + offset, round_to(grad, grad_ptr.dtype.element_ty, EXPLICIT), mask=inside)
+
+
+def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: Tensor | None, accumulate: bool) -> Tensor:
+    """Value as an fp32 scalar; writes or adds the gradient into contiguous `grad` where given. w, w0 contiguous."""
+    n = w.numel()
+    explicit = interpreted(_frozen_penalty_kernel)
+    tile = INTERPRETER_TILE if explicit else TILE
+    programs = triton.cdiv(n, tile)
+    if programs == 0:
+        return torch.zeros((), dtype=torch.float32, device=w.device)
+    # Partial sums instead of atomics: the same value on every run.
+    partial = torch.empty(programs, dtype=torch.float32, device=w.device)
+    with torch.cuda.device_of(w):
+        _frozen_penalty_kernel[(programs,)](
+            w,
+            w0,
+            w if grad is None else grad,
+            partial,
+            lam,
+            frozen_eps,
+            n,
+            ACCUMULATE=accumulate,
+            HAS_GRAD=grad is not None,
+            TILE=tile,
+            EXPLICIT=explicit,
+        )
+    return partial.sum(dtype=torch.float64).to(torch.float32)

@@ -1,0 +1,92 @@
+"""The one protocol of pruning methods.
+
+A method is one file in this folder with a frozen dataclass of its settings, a `prune` function on it, and `METHOD = ThatClass` at the end.
+The file's name is the method's name on the command line; nothing else has to be registered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..models.selection import LayerPlan
+from ..progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class PruneTask:
+    """What a method is given. The model is the method's to change: the caller drops it afterwards."""
+
+    model: nn.Module  # on its device, in the learning dtype
+    plan: LayerPlan
+    windows: tuple[Tensor, ...]  # calibration token windows, int64 [tokens], on the CPU
+    seed: int = 42
+    progress: Progress = SILENT
+    record: Callable[[Mapping[str, object]], None] = field(default=lambda row: None)  # one row of metrics.jsonl
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Parameter name -> the selected Linear, in model order."""
+        modules = dict(self.model.named_modules())
+        return {f"{name}.weight": modules[name] for name in self.plan.selected()}  # type: ignore[misc]
+
+    def linears_of(self, block: int) -> dict[str, nn.Linear]:
+        """The selected Linears of one decoder block."""
+        prefix = f"{self.plan.blocks}.{block}."
+        return {name: linear for name, linear in self.linears().items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Masks by parameter name, bool, CPU; updated weights where the method changes them, else the original ones are kept."""
+
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor] | None = None
+    summary: Mapping[str, object] = field(default_factory=dict)  # figures for the manifest: derived settings, final shares
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are the method's settings."""
+
+    needs_calibration: ClassVar[bool]
+    # Lambda, lr and the like come from the user: the constructor raises ConfigError for values that make no sense.
+
+    def prune(self, task: PruneTask) -> PruneResult: ...
+
+
+_NOT_METHODS = {"base", "presets"}
+
+
+def method_names() -> list[str]:
+    """Names of all methods, from the files of this folder."""
+    package = importlib.import_module(__package__)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in _NOT_METHODS)
+
+
+def method_class(name: str) -> Any:
+    """The settings dataclass of a method. ConfigError for an unknown name."""
+    if name not in method_names():
+        raise ConfigError(f"method: expected one of {', '.join(method_names())}, got {name!r}. Choose one of these.")
+    return importlib.import_module(f".{name}", __package__).METHOD
+
+
+def build_method(name: str, settings: Mapping[str, object]) -> Method:
+    """The method with these settings; settings that are None take the method's default.
+
+    Raises: ConfigError: unknown method, or a setting the method does not have.
+    """
+    kind = method_class(name)
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    given = {key: value for key, value in settings.items() if value is not None}
+    unknown = [f"--{key.replace('_', '-')}" for key in given if key not in known]
+    if unknown:
+        have = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(known)) or "none"
+        raise ConfigError(f"method {name}: expected only its own settings ({have}), got {', '.join(unknown)}. Leave them out.")
+    method: Method = kind(**given)
+    return method

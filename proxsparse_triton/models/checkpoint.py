@@ -1,0 +1,207 @@
+"""Are the weight files of a model folder whole? Answered from their headers, before anything is loaded.
+
+The libraries below would answer too, but late, with a traceback, or not at all: transformers initialises tensors that it
+does not find at random and only logs a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ModelError
+
+SAFE_WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+# The order in which transformers looks for them: what is validated and hashed must be what is loaded.
+ENTRIES = (SAFE_WEIGHTS, SAFE_WEIGHTS + INDEX_SUFFIX, PICKLED_WEIGHTS, PICKLED_WEIGHTS + INDEX_SUFFIX)
+
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000  # safetensors' own limit
+GIT_LFS_POINTER = b"version https://git-lfs"
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+AGAIN = "Copy or download it again."
+
+
+def listed(names: Collection[str], limit: int = 3) -> str:
+    """`a, b, c and 4 more`: the first few of `names` for a one-line message."""
+    shown = ", ".join(list(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Type and text of a library's error on one line."""
+    text = " ".join(str(error).split()).rstrip(" .")
+    return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}" if text else type(error).__name__
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises: ModelError: the file is missing, unreadable, not UTF-8, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: expected a JSON file, got no such file. {AGAIN}") from error
+    except OSError as error:
+        raise ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise ModelError(f"{path}: expected JSON, got {one_line(error)}. {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got a {type(value).__name__}. {AGAIN}")
+    return value
+
+
+def weight_entry(config: Mapping[str, Any], present: Collection[str]) -> str | None:
+    """Name of the weights file or shard index that transformers would open, out of the file names `present`; None if there is none."""
+    explicit = config.get("transformers_weights")
+    if isinstance(explicit, str):
+        return explicit if explicit in present else None
+    return next((name for name in ENTRIES if name in present), None)
+
+
+def shard_names(index: Path) -> list[str]:
+    """The weight files that a shard index names, each once, in its order.
+
+    Raises: ModelError: the index does not parse, or names files outside its folder.
+    """
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: expected a weight_map from tensors to files, got none. {AGAIN}")
+    names = list(dict.fromkeys(weight_map.values()))
+    wrong = [str(name) for name in names if not isinstance(name, str) or not name or PurePosixPath(name).name != name]
+    if wrong:
+        raise ModelError(f"{index}: expected plain file names in weight_map, got {listed(wrong)}. {AGAIN}")
+    return names
+
+
+def find_weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The weight files of `folder` that transformers would read, in index order; all exist.
+
+    Raises: ModelError: no weights, an index that does not parse, or shards that are absent.
+    """
+    present = sorted(path.name for path in folder.iterdir() if path.is_file())
+    entry = weight_entry(config, present)
+    if entry is None:
+        wanted = config.get("transformers_weights") or f"{SAFE_WEIGHTS} or {SAFE_WEIGHTS}{INDEX_SUFFIX}"
+        raise ModelError(
+            f"{folder}: expected weights in {wanted}, got {listed(present, 5)}. "
+            "Save the model with save_pretrained, or convert it to safetensors."
+        )
+    if not entry.endswith(INDEX_SUFFIX):
+        return (folder / entry,)
+    names = shard_names(folder / entry)
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise ModelError(
+            f"{folder}: expected the {len(names)} shards that {entry} names, got {len(absent)} missing: {listed(absent)}. "
+            "Copy or download them again."
+        )
+    return tuple(folder / name for name in names)
+
+
+def check_weight_files(files: Sequence[Path]) -> None:
+    """Raise ModelError unless every file is a whole safetensors file, or a pickle that loads without running code."""
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                _check_safetensors(path)
+            else:
+                _check_pickle(path)
+        except OSError as error:
+            raise ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.") from error
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensor name -> dtype, shape, data_offsets (without `__metadata__`).
+
+    Raises: ModelError: the file is empty, a Git LFS pointer, corrupt, or its size is not what the header says. OSError: unreadable.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(max(LENGTH_BYTES, len(GIT_LFS_POINTER)))
+        if start.startswith(GIT_LFS_POINTER):
+            raise ModelError(f"{path}: expected a safetensors file, got a Git LFS pointer. Fetch the weights with `git lfs pull`.")
+        if len(start) < LENGTH_BYTES:
+            raise ModelError(f"{path}: expected a safetensors file, got {size} bytes. {AGAIN}")
+        (length,) = struct.unpack("<Q", start[:LENGTH_BYTES])
+        if not 2 <= length <= MAX_HEADER:
+            raise ModelError(
+                f"{path}: expected a safetensors header, got a header length of {length}. The file is corrupt; {AGAIN.lower()}"
+            )
+        if LENGTH_BYTES + length > size:
+            raise ModelError(
+                f"{path}: expected a header of {length} bytes, got a file of {size} bytes. The file is truncated; {AGAIN.lower()}"
+            )
+        file.seek(LENGTH_BYTES)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: expected a safetensors header, got one that does not parse. The file is corrupt; {AGAIN.lower()}"
+        ) from error
+    expected = LENGTH_BYTES + length + end
+    if size != expected:
+        what = "truncated" if size < expected else "corrupt"
+        raise ModelError(f"{path}: expected {expected} bytes as its header says, got {size}. The file is {what}; {AGAIN.lower()}")
+    return dict(header)
+
+
+def stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The floating type that holds most bytes of the safetensors `files`.
+
+    Raises: ModelError: they hold no fp64, fp32, fp16 or bf16 at all, or mostly something else (a quantised model).
+    """
+    held: Counter[str] = Counter()
+    for path in files:
+        for entry in safetensors_header(path).values():
+            held[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    most = held.most_common(1)[0][0] if held else "no tensors"
+    if most not in FLOAT_DTYPES:
+        raise ModelError(
+            f"{files[0].parent}: expected weights in fp32, fp16 or bf16, got mostly {most}. Prune the dense original of a quantised model."
+        )
+    return FLOAT_DTYPES[most]
+
+
+def _check_safetensors(path: Path) -> None:
+    safetensors_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:  # overlapping offsets, shapes that do not fit, unknown types
+            file.keys()
+    except SafetensorError as error:
+        raise ModelError(f"{path}: expected a safetensors file, got {one_line(error)}. The file is corrupt; {AGAIN.lower()}") from error
+
+
+def _check_pickle(path: Path) -> None:
+    advice = "Convert the model to safetensors, where you trust the file."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, for a file that is about to be refused
+            # mmap spares the memory, but only the zip format of torch >= 1.6 has it.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(os.fspath(path)))
+    except OSError:
+        raise
+    except Exception as error:  # a pickle is a program: a refused or damaged one fails in any way it likes
+        raise ModelError(
+            f"{path}: expected pickled tensors that torch.load(weights_only=True) accepts, "
+            f"got pickled code or a damaged file ({type(error).__name__}). {advice}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path}: expected a state dict of tensors, got something else. {advice}")

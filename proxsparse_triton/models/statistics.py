@@ -1,0 +1,64 @@
+"""What the inputs of a Linear look like over the calibration text, gathered by forward hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Statistic(Protocol):
+    """Accumulates over batches of inputs x [tokens, in_features]."""
+
+    def add(self, x: Tensor) -> None: ...
+
+
+class InputNorm:
+    """||x_j||_2 of each input feature j over all tokens, the statistic of Wanda; fp32 [in_features]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._squares = torch.zeros(linear.in_features, dtype=torch.float32, device=linear.weight.device)
+
+    def add(self, x: Tensor) -> None:
+        self._squares += x.float().square().sum(dim=0)
+
+    def value(self) -> Tensor:
+        return self._squares.sqrt()
+
+
+class Hessian:
+    """H = 2/n sum x x^T, the Hessian of the layer's squared output error; fp32 [in_features, in_features]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        size = linear.in_features
+        self._sum = torch.zeros(size, size, dtype=torch.float32, device=linear.weight.device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        self._sum.addmm_(x.T, x)
+        self._tokens += x.shape[0]
+
+    def value(self) -> Tensor:
+        return self._sum * (2.0 / max(self._tokens, 1))
+
+
+@contextmanager
+def observe(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Statistic]) -> Iterator[None]:
+    """While active, every forward pass of `linears[name]` adds its inputs to `statistics[name]`."""
+
+    def hook(statistic: Statistic):  # type: ignore[no-untyped-def]
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            statistic.add(inputs[0].detach().flatten(0, -2))
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(statistics[name])) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,276 @@
+"""One run: config -> calibrate -> learn -> mask -> write -> evaluate, in a folder that appears when it is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .calibration.sources import open_source
+from .calibration.windows import Windows, calibration_windows, evaluation_windows
+from .errors import ConfigError, DataError
+from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_memory
+from .evaluation.perplexity import perplexity
+from .formats.dense import write_pruned_model
+from .formats.folder import check_output, check_space, output_folder
+from .formats.manifest import write_manifest
+from .formats.masks import save_masks
+from .methods.base import Method, PruneResult, PruneTask, build_method
+from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
+from .models.selection import LayerPlan, plan_layers
+from .progress import SILENT, Progress
+
+METRICS = "metrics.jsonl"
+DEFAULT_SEQLEN = 4096  # the paper's context, or the model's limit where that is less
+EVALUATION_WINDOWS = 128
+BUILT_IN_TEXTS = ("c4", "wikitext2", "stdlib")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run; all of it goes into the manifest."""
+
+    model: str
+    output: Path
+    method: str = "proxsparse"
+    settings: Mapping[str, object] = field(default_factory=dict)  # of the method; None means its default
+    calibration: str = "c4"
+    evaluation: str | None = None  # None: the held-out side of the calibration text
+    samples: int = 400
+    seqlen: int | None = None
+    evaluation_windows: int = EVALUATION_WINDOWS
+    windows: Literal["packed", "documents"] = "packed"
+    text_field: str = "text"
+    seed: int = 42
+    device: str | None = None
+    dtype: str = "float32"
+    include: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    overwrite: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("evaluation_windows", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise ConfigError(f"prune: expected --{option} of at least {least}, got {getattr(self, name)}. Choose another value.")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise ConfigError(f"prune: expected --seqlen of at least 2, got {self.seqlen}. Choose another value.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"prune: expected --dtype float32, bfloat16 or float16, got {self.dtype!r}. Choose one of these.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def place(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on, the same for every method of a comparison."""
+
+    source: ModelSource
+    calibration: Windows | None
+    evaluation: Windows | None
+    plan: LayerPlan
+    dense_perplexity: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The figures of a finished run."""
+
+    method: str
+    folder: Path
+    perplexity: float | None
+    dense_perplexity: float | None
+    seconds: float  # the method alone: learning, or computing the masks
+    peak_memory: int  # bytes: of the GPU where there is one, else of the process
+    parameters: tuple[str, ...]
+    summary: Mapping[str, object]
+
+
+def prune(config: RunConfig, progress: Progress = SILENT) -> RunRecord:
+    """Prune one model into `config.output`.
+
+    Raises: any ProxSparseError; then nothing is left under the output's name, and `<output>.partial/metrics.jsonl` holds the steps
+    that were taken before learning failed.
+    """
+    check_output(config.output, overwrite=config.overwrite)
+    method = build_method(config.method, config.settings)
+    model, inputs = prepare(config, [method], progress)
+    return run_method(config, method, model, inputs, progress)
+
+
+def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) -> tuple[nn.Module, Inputs]:
+    """Checks everything that can be checked, reads text and model, prints the plan, measures the dense model."""
+    source = resolve_model(config.model, revision=config.revision)
+    check_space(config.output, sum(path.stat().st_size for path in source.weight_files))
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, progress=progress)
+    seqlen = checked_seqlen(config.seqlen, load_config(source, trust_remote_code=config.trust_remote_code))
+    needs_text = any(method.needs_calibration for method in methods)
+    calibration, evaluation = read_text(config, tokenizer, seqlen, needs_text, progress)
+    model = load_model(source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
+    plan = plan_layers(model, include=config.include, skip=config.skip)
+    describe(plan, progress)
+    dense = None if evaluation is None else perplexity(model, evaluation.tokens, progress=progress)
+    return model, Inputs(source, calibration, evaluation, plan, dense)
+
+
+def checked_seqlen(seqlen: int | None, config: Any) -> int:
+    """The window length, within the model's limit. ConfigError beyond it."""
+    limit = max_seqlen(config)
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit is not None and seqlen > limit:
+        raise ConfigError(f"prune: expected --seqlen of at most {limit}, the model's limit, got {seqlen}. Lower it or leave it out.")
+    return seqlen
+
+
+def read_text(
+    config: RunConfig, tokenizer: Any, seqlen: int, needs_calibration: bool, progress: Progress
+) -> tuple[Windows | None, Windows | None]:
+    """Calibration and evaluation windows that share no document.
+
+    Without --eval the text is split: one document in ten is held out (c4 and wikitext2 bring their own split). A text too short for
+    that is used whole and nothing is measured on it.
+    """
+    evaluation, digests = None, frozenset[str]()
+    if config.evaluation is not None:
+        text = open_source(config.evaluation, split="all" if is_local(config.evaluation) else "heldout", text_field=config.text_field)
+        evaluation, digests = evaluation_windows(text, tokenizer, windows=config.evaluation_windows, seqlen=seqlen, progress=progress)
+    else:
+        heldout = open_source(config.calibration, split="heldout", text_field=config.text_field)
+        for count in (config.evaluation_windows, None):
+            try:
+                evaluation, digests = evaluation_windows(heldout, tokenizer, windows=count, seqlen=seqlen, progress=progress)
+                break
+            except DataError:
+                continue  # fewer windows than asked for: take what there is; none: go on without
+        if evaluation is None:
+            progress.note(
+                f"{config.calibration}: no held-out window of {seqlen} tokens, so no perplexity is measured. Name a text with --eval."
+            )
+    if not needs_calibration:
+        return None, evaluation
+    whole = is_local(config.calibration) and (config.evaluation is not None or evaluation is None)
+    text = open_source(config.calibration, split="all" if whole else "calibration", text_field=config.text_field)
+    calibration = calibration_windows(
+        text,
+        tokenizer,
+        samples=config.samples,
+        seqlen=seqlen,
+        seed=config.seed,
+        mode=config.windows,
+        exclude=digests,
+        progress=progress,
+    )
+    return calibration, evaluation
+
+
+def is_local(spec: str) -> bool:
+    """True for a file or folder, False for a built-in text or a Hub dataset."""
+    return spec not in BUILT_IN_TEXTS and Path(spec).expanduser().exists()
+
+
+def describe(plan: LayerPlan, progress: Progress) -> None:
+    """The plan, before work starts: how many layers are pruned and why the others are not."""
+    chosen = [choice for choice in plan.choices if choice.selected]
+    weights = sum(choice.shape[0] * choice.shape[1] for choice in chosen)
+    progress.note(f"pruning {len(chosen)} of {len(plan.choices)} layers in {plan.blocks}: {weights / 1e6:.1f} M weights to 2:4")
+    for choice in plan.choices:
+        if not choice.selected:
+            progress.note(f"  skipped {choice.name} {list(choice.shape)}: {choice.reason}")
+
+
+def run_method(config: RunConfig, method: Method, model: nn.Module, inputs: Inputs, progress: Progress) -> RunRecord:
+    """The method, the run folder, and the perplexity of what was written. Consumes the model."""
+    size = sum(path.stat().st_size for path in inputs.source.weight_files)
+    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=[METRICS], needed=size) as out:
+        with _metrics(out / METRICS) as record, explain_out_of_memory("prune", f"{config.method} on {config.place}", _ADVICE):
+            windows = () if inputs.calibration is None else inputs.calibration.tokens
+            task = PruneTask(model, inputs.plan, windows, seed=config.seed, progress=progress, record=record)
+            reset_peak_memory(config.place)
+            start = time.perf_counter()
+            result = method.prune(task)
+            seconds = time.perf_counter() - start
+            peak = peak_memory(config.place)
+        del model, task
+        gc.collect()
+        entry = {"method": config.method, "pattern": "2:4", "original": config.model, "weights_updated": result.weights is not None}
+        write_pruned_model(inputs.source.folder, inputs.source.weight_files, out, result.masks, weights=result.weights, config_entry=entry)
+        save_masks(out / "masks.safetensors", result.masks)
+        pruned = _measure_written(config, out, inputs, progress)
+        record_ = RunRecord(
+            config.method,
+            config.output,
+            pruned,
+            inputs.dense_perplexity,
+            seconds,
+            peak,
+            tuple(result.masks),
+            {"settings": dataclasses.asdict(method), **result.summary},  # type: ignore[call-overload]
+        )
+        write_manifest(out, _manifest(config, inputs, result, record_))
+    return record_
+
+
+_ADVICE = "Lower --seqlen, --samples or --batch-size, or learn with --dtype bfloat16."
+
+
+def _measure_written(config: RunConfig, out: Path, inputs: Inputs, progress: Progress) -> float | None:
+    """Perplexity of the folder as it will be found, in the dtype of the run."""
+    if inputs.evaluation is None:
+        return None
+    written = resolve_model(str(out))
+    model = load_model(written, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
+    return perplexity(model, inputs.evaluation.tokens, progress=progress)
+
+
+def _manifest(config: RunConfig, inputs: Inputs, result: PruneResult, record: RunRecord) -> dict[str, object]:
+    return {
+        "model": {"spec": config.model, "revision": inputs.source.revision, "files": file_hashes(inputs.source)},
+        "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "output"},
+        "method": {"name": record.method, **record.summary},
+        "device": config.place,
+        "parameters": list(record.parameters),
+        "weights_updated": result.weights is not None,
+        "skipped": {choice.name: choice.reason for choice in inputs.plan.choices if not choice.selected},
+        "calibration": _text_entry(inputs.calibration),
+        "evaluation": _text_entry(inputs.evaluation),
+        "perplexity": {"dense": inputs.dense_perplexity, "pruned": record.perplexity},
+        "seconds": round(record.seconds, 3),
+        "peak_memory_bytes": record.peak_memory,
+    }
+
+
+def _text_entry(windows: Windows | None) -> dict[str, object] | None:
+    if windows is None:
+        return None
+    entry = {f.name: getattr(windows, f.name) for f in dataclasses.fields(windows) if f.name != "tokens"}
+    return {**entry, "windows": len(windows.tokens)}
+
+
+@contextmanager
+def _metrics(path: Path) -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Writes one JSON row a step, at once: what is there survives a crash."""
+    with path.open("w", encoding="utf-8", buffering=1) as file:
+
+        def record(row: Mapping[str, object]) -> None:
+            file.write(json.dumps(row) + "\n")
+
+        yield record
