@@ -34,7 +34,8 @@ def kept_per_block(w: Tensor) -> Tensor:
     Raises: ShapeError: in_features not divisible by 4.
     """
     check_width("kept_per_block", w.shape)
-    return (w.unflatten(-1, (-1, BLOCK)) != 0).sum(dim=-1)
+    kept: Tensor = (w.unflatten(-1, (-1, BLOCK)) != 0).sum(dim=-1)
+    return kept
 
 
 def count_24_blocks(w: Tensor) -> Tensor:

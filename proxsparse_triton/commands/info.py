@@ -9,23 +9,20 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 def info(as_json: bool) -> None:
     """Versions, devices, and which backend the operations will use here."""
-    import importlib.metadata
     import json
     import os
 
     import torch
 
-    from ..formats.manifest import versions
+    from ..formats.folder import TOOL
+    from ..formats.manifest import package_version, versions
     from ..methods.base import method_names
     from ..ops.dispatch import have_triton
     from .console import print_table, size
 
-    facts = {"proxsparse-triton": importlib.metadata.version("proxsparse-triton"), **versions()}
+    facts = {TOOL: package_version(TOOL, "unknown"), **versions()}
     for extra in ("datasets", "lm-eval", "matplotlib"):
-        try:
-            facts[extra] = importlib.metadata.version(extra)
-        except importlib.metadata.PackageNotFoundError:
-            facts[extra] = "not installed"
+        facts[extra] = package_version(extra, "not installed")
     facts["cpu"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

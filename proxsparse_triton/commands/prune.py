@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def prune(model: str, method: str, preset: str | None, as_json: bool, **options: Any) -> None:
     """Prune MODEL (a folder, a Hub id, or `demo`) to 2:4 and write it to RUN, an ordinary Hugging Face folder.
 
-    RUN also holds masks.safetensors, manifest.json (settings, hashes, versions, perplexities) and metrics.jsonl (loss and share of 2:4 blocks
-    at every step). Original weights are kept bit for bit unless the method updates them (sparsegpt without --mask-only).
+    RUN also holds masks.safetensors, manifest.json (settings, hashes, versions, perplexities) and metrics.jsonl (loss and share of
+    2:4 blocks at every step). Original weights are kept bit for bit unless the method updates them (sparsegpt without --mask-only).
     """
     settings = method_settings(options)
     if preset is not None:

@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on, without importing them."""
     found = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "safetensors"):
-        found[package] = _version(package, "not installed")
+        found[package] = package_version(package, "not installed")
     return found
 
 
@@ -44,7 +44,7 @@ def write_manifest(out: Path, manifest: Mapping[str, object]) -> None:
     Raises: ConfigError: a value is not JSON, NaN and infinity included (JSON has no such numbers). OutputError.
     """
     record = {
-        "version": _version(TOOL, "unknown"),
+        "version": package_version(TOOL, "unknown"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "platform": platform.platform(),
@@ -100,7 +100,7 @@ def plain(function: str, value: object, where: str = "") -> Any:
     )
 
 
-def _version(package: str, absent: str) -> str:
+def package_version(package: str, absent: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -11,7 +11,7 @@ from .launch import Launch
 
 @triton.jit
 def _mask_24_kernel(score_ptr, mask_ptr, n_blocks, TILE_BLOCKS: tl.constexpr):
-    """mask = rank < 2, ties to the lowest index, NaN below everything.
+    """mask = rank < 2, ties to the lowest index, a NaN counts as -inf.
 
     One program owns TILE_BLOCKS blocks; reads each score once, writes one byte per weight.
     """

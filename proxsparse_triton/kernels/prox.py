@@ -38,11 +38,13 @@ def _prox_24_kernel(
     if HAS_SCALE:
         shrink = shrink / scale
     w = tl.where(shrink < magnitude, magnitude - shrink, 0.0)
+    # Rounded before it gets its sign: a weight that underflows in fp16 is +0.0 too.
+    w = round_to(w, out_ptr.dtype.element_ty, EXPLICIT).to(tl.float32)
     w = tl.where((z < 0) & (w > 0), -w, w)
     # A sum, not a maximum: maxima drop NaNs. An infinity stays one, since all magnitudes are positive.
     total = tl.sum(magnitude, axis=1)[:, None]
     w = tl.where(total == total, w, float("nan"))
-    tl.store(out_ptr + offset, round_to(w, out_ptr.dtype.element_ty, EXPLICIT), mask=inside)
+    tl.store(out_ptr + offset, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, launch: Launch) -> None:

@@ -34,7 +34,7 @@ class PruneTask:
     def linears(self) -> dict[str, nn.Linear]:
         """Parameter name -> the selected Linear, in model order."""
         modules = dict(self.model.named_modules())
-        return {f"{name}.weight": modules[name] for name in self.plan.selected()}  # type: ignore[misc]
+        return {f"{name}.weight": modules[name] for name in self.plan.selected()}
 
     def linears_of(self, block: int) -> dict[str, nn.Linear]:
         """The selected Linears of one decoder block."""

@@ -14,9 +14,9 @@ from .base import PruneResult, PruneTask
 def magnitude_mask(w: Tensor) -> Tensor:
     """The two largest |w| of each block, on the CPU; ties to the highest index.
 
-    In bf16 models some 0.4 % of the blocks tie for the second place and the choice among equals is noise: random choices move the perplexity of
-    pylm-2m between 74.7 and 78.1. Published baselines take whatever `torch.topk` does; this choice is nearest to it (75.2 against 74.7,
-    the lowest index gives 77.4).
+    In bf16 models some 0.4 % of the blocks tie for the second place and the choice among equals is noise: it moves the
+    perplexity of pylm-2m between 74.7 and 78.1. Published baselines take whatever `torch.topk` does; this choice is nearest to
+    it (75.2 against 74.7, the lowest index gives 77.4).
     """
     return mask_24(w.detach().abs().flip(-1)).flip(-1).cpu()
 

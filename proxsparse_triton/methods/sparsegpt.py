@@ -33,6 +33,7 @@ def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
         damped.diagonal().add_(dampening * 10**attempt * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
+            upper: Tensor
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if int(info) == 0:
                 return upper

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 
 
-class _Captured(Exception):
+class _CapturedError(Exception):
     """Ends a forward pass once the first block's input is in hand."""
 
 
@@ -77,7 +77,8 @@ class BlockWalker:
                 handle.remove()
         if len(captured) != len(self._blocks):
             raise ModelError(
-                f"layer-by-layer pruning: expected every decoder block to run in a forward pass, got {len(captured)} of {len(self._blocks)}. "
+                "layer-by-layer pruning: expected every decoder block to run in a forward pass, "
+                f"got {len(captured)} of {len(self._blocks)}. "
                 "Use --method magnitude or proxsparse for this architecture."
             )
         return [captured[index] for index in range(len(self._blocks))]
@@ -88,12 +89,12 @@ class BlockWalker:
 
         def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             captured.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-            raise _Captured
+            raise _CapturedError
 
         handle = self._blocks[0].register_forward_pre_hook(capture, with_kwargs=True)
         try:
             model(input_ids=window[None], use_cache=False)
-        except _Captured:
+        except _CapturedError:
             pass
         finally:
             handle.remove()

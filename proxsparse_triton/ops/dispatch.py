@@ -55,7 +55,8 @@ def check_floating(function: str, name: str, value: object) -> None:
 
 def check_strength(function: str, name: str, value: float, *, positive: bool = False) -> None:
     """ConfigError unless `value` is finite and >= 0 (> 0 where `positive`)."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # Comparisons only: torch.compile traces them for a strength that changes from call to call.
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (positive and value == 0):
         rule = "> 0" if positive else ">= 0"
         raise ConfigError(f"{function}: expected a finite {name} {rule}, got {value!r}. Choose another value.")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from ..reference import frozen_penalty as reference
@@ -41,6 +42,7 @@ class _FrozenPenalty(torch.autograd.Function):
         return _evaluate(w.detach(), w0.detach(), lam, frozen_eps, None, False, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         w, w0 = ctx.saved_tensors
         lam, frozen_eps, backend = ctx.settings
@@ -74,7 +76,7 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, *, back
     Source: Liu et al. 2025 (arXiv 2502.00258), section 3.3; docs/math.md.
     """
     _check("frozen_penalty", w, w0, lam, frozen_eps)
-    result: Tensor = _FrozenPenalty.apply(w, w0, float(lam), float(frozen_eps), choose_backend("frozen_penalty", w, backend))
+    result: Tensor = _FrozenPenalty.apply(w, w0, float(lam), float(frozen_eps), choose_backend("frozen_penalty", w, backend))  # type: ignore[no-untyped-call]
     return result
 
 

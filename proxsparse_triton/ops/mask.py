@@ -13,7 +13,7 @@ from .dispatch import check_floating, choose_backend
 @torch.library.custom_op("proxsparse::mask_24", mutates_args=())
 def _mask_24(scores: Tensor, backend: str) -> Tensor:
     if backend == "reference":
-        return reference.mask_24(scores)
+        return reference.mask_24(scores).contiguous()
     from ..kernels import launch, mask
 
     out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
@@ -34,7 +34,7 @@ def mask_24(scores: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         scores: [..., in_features], in_features divisible by 4; any floating dtype. Pass |w| for magnitude.
         backend: see `prox_24`.
-    Returns: bool like `scores`, True = kept; ties to the lowest index, NaN below everything.
+    Returns: bool like `scores`, True = kept; ties to the lowest index, a NaN counts as -inf.
     Raises: TypeError: not a floating tensor. ShapeError: in_features not divisible by 4. BackendError: backend not available.
     """
     check_floating("mask_24", "scores", scores)

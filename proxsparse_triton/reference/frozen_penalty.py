@@ -10,7 +10,8 @@ def residual(w: Tensor, w0: Tensor, frozen_eps: float) -> tuple[Tensor, Tensor, 
     """(r, a, (2w - w0)) in fp32 (fp64 for fp64 input), with a = 1 / (w0 + eps sgn(w0)), sgn(0) = +1, r = a w (w - w0)."""
     precision = torch.float64 if w.dtype == torch.float64 else torch.float32
     w, w0 = w.to(precision), w0.to(precision)
-    a = 1 / (w0 + torch.where(w0 < 0, -frozen_eps, frozen_eps))
+    # Not where(w0 < 0, -eps, eps): two Python numbers make an fp32 tensor.
+    a = 1 / torch.where(w0 < 0, w0 - frozen_eps, w0 + frozen_eps)
     return a * w * (w - w0), a, 2 * w - w0
 
 

@@ -35,9 +35,11 @@ def prox_24(z: Tensor, lam: float, *, column_scale: Tensor | None = None) -> Ten
     negligible = u[..., :1] < NEGLIGIBLE
     shrink = torch.where(negligible, 0.0, torch.where(w > 0, shrink, torch.inf))
     shrink = torch.empty_like(shrink).scatter_(-1, order, shrink).flatten(-2) / scale
-    result = torch.where(shrink < magnitude, (magnitude - shrink).copysign(z.to(precision)), 0.0)
+    # Rounded before it gets its sign: a weight that underflows in fp16 is +0.0 too.
+    result = torch.where(shrink < magnitude, magnitude - shrink, 0.0).to(z.dtype)
+    result = torch.where((z < 0) & (result > 0), -result, result)
     poisoned = blocks.isnan().any(-1, keepdim=True).expand_as(blocks).flatten(-2)
-    return torch.where(poisoned, torch.nan, result).to(z.dtype)
+    return torch.where(poisoned, torch.nan, result)
 
 
 def prox_24_exhaustive(z: Tensor, lam: float, *, sweeps: int = 200) -> Tensor:

@@ -88,7 +88,7 @@ def learn(
             lr = config.lr * warmup_linear(step, steps, config.warmup)
             optimizer.param_groups[0]["lr"] = lr
             loss = cross_entropy(model, batch.to(device))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             penalty = regulariser.add_gradient()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             zero = torch.zeros((), device=device)

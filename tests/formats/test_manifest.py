@@ -47,7 +47,7 @@ def test_versions_of_absent_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions().keys() == {"python", "torch", "triton", "transformers", "safetensors"}
     monkeypatch.setattr(manifest_module.importlib.metadata, "version", absent)
     assert versions()["triton"] == "not installed"
-    assert manifest_module._version("proxsparse-triton", "unknown") == "unknown"
+    assert manifest_module.package_version("proxsparse-triton", "unknown") == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,503 @@
+"""`prox_24`: the kernel against the oracle and the reference, then properties, edges, errors, compilation, and the card."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from adversarial import (
+    BACKENDS,
+    LAMBDAS,
+    WORSE,
+    all_blocks,
+    assert_same_solution,
+    same_bits,
+    solution_gaps,
+    worse_than_oracle,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from proxsparse_triton.errors import BackendError, ConfigError, ShapeError
+from proxsparse_triton.ops import prox_24
+from proxsparse_triton.reference.block import objective, regulariser
+from proxsparse_triton.reference.prox import prox_24 as reference
+from proxsparse_triton.reference.prox import prox_24_exhaustive
+from proxsparse_triton.sparsity import count_negative_zeros, is_24
+
+NAN, INF = float("nan"), float("inf")
+LOW = (torch.bfloat16, torch.float16)
+SHAPES = [(4,), (1, 4), (3, 4), (63, 500), (7, 12), (2, 3, 8), (3, 5, 2, 4), (0, 8), (5, 0), (2, 0, 4)]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
+
+
+def weights(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Heavy-tailed, with exact ties and zeros: all three kinds of solutions at lambda 0.3 to 3."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    z = torch.where(torch.rand(shape, generator=generator) < 0.2, z.round(), z)
+    return z.clamp(-100, 100)
+
+
+def column_scales(width: int) -> Tensor:
+    return torch.rand(width, generator=torch.Generator().manual_seed(9)) + 0.1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def many_programs() -> Iterator[None]:
+    """Small tiles under the interpreter, so that several programs share the work there too; and single launches are faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("triton"):
+            from proxsparse_triton.kernels import launch
+
+            patch.setattr(launch, "INTERPRETER_TILE", 512)
+        yield
+
+
+# --- against the oracle and the reference ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_kernel_is_never_worse_than_the_oracle(device: str, poisoned: None, lam: float) -> None:
+    w = prox_24(all_blocks().float().to(device), lam, backend="triton")
+    assert worse_than_oracle(w, lam) == {}
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_kernel_is_the_reference_on_the_adversarial_set(device: str, lam: float) -> None:
+    z = all_blocks().float()
+    assert_same_solution(prox_24(z.to(device), lam, backend="triton"), reference(z, lam), z, lam)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_is_the_reference_fp32(device: str, poisoned: None, shape: tuple[int, ...], scaled: bool) -> None:
+    z = weights(shape)
+    scale = column_scales(shape[-1]) if scaled else None
+    w = prox_24(z.to(device), 0.5, column_scale=None if scale is None else scale.to(device), backend="triton")
+    assert (w.shape, w.dtype, w.device.type, w.is_contiguous()) == (z.shape, z.dtype, device, True)
+    assert_same_solution(w, reference(z, 0.5, column_scale=scale), z, 0.5, scale)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_precision(device: str, poisoned: None, shape: tuple[int, ...], dtype: torch.dtype, scaled: bool) -> None:
+    """A kernel's bf16 or fp16 result is its fp32 result rounded to nearest even; against the reference it is equal, or one ulp
+    off, or the two fp32 points are equally good to 1e-6 |z|^2 / 2. At least 999 of 1000 weights are equal bit for bit."""
+    z = weights(shape).to(dtype)
+    scale = column_scales(shape[-1]) if scaled else None
+    on_device = {"column_scale": None if scale is None else scale.to(device), "backend": "triton"}
+    w = prox_24(z.to(device), 0.5, **on_device)
+    assert (w.shape, w.dtype) == (z.shape, dtype)
+    solved = prox_24(z.float().to(device), 0.5, **on_device)
+    assert same_bits(w, solved.to(dtype))
+    expected = reference(z, 0.5, column_scale=scale)
+    if z.numel() == 0:
+        return
+    equal = w.cpu() == expected
+    assert equal.float().mean() >= 0.999
+    one_ulp = (w.cpu().double() - expected.double()).abs() <= torch.finfo(dtype).eps * expected.double().abs()
+    fine = solution_gaps(solved, reference(z.float(), 0.5, column_scale=scale), z, 0.5, scale) <= WORSE
+    assert (one_ulp.unflatten(-1, (-1, 4)).all(-1) | fine).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_non_contiguous_views(device: str, poisoned: None, dtype: torch.dtype, backend: str) -> None:
+    base = weights((24, 40)).to(dtype).to(device)
+    for view in (base.t(), base[::2, :20], base[:, ::5], base[0].expand(3, 40), base.view(4, 6, 40).transpose(0, 1), base.t()[3::3]):
+        scale = column_scales(2 * view.shape[-1])[::2].to(device)
+        assert not view.is_contiguous()
+        assert not scale.is_contiguous()
+        for c in (None, scale):
+            w = prox_24(view, 0.5, column_scale=c, backend=backend)
+            assert w.is_contiguous()
+            assert same_bits(w, prox_24(view.contiguous(), 0.5, column_scale=None if c is None else c.contiguous(), backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out(device: str, poisoned: None, dtype: torch.dtype, lam: float, backend: str) -> None:
+    z = weights((12, 24)).to(dtype).to(device)
+    before, expected = z.clone(), prox_24(z, lam, backend=backend)
+    canvas = torch.full((12, 48), NAN, dtype=dtype, device=device)
+    for out in (torch.empty_like(z), torch.empty(24, 12, dtype=dtype, device=device).t(), canvas[:, ::2]):
+        assert prox_24(z, lam, out=out, backend=backend) is out
+        assert same_bits(out, expected)
+        assert same_bits(z, before)
+    assert canvas[:, 1::2].isnan().all()
+    transposed = z.t().contiguous().t()
+    for target in (z, transposed):
+        assert prox_24(target, lam, out=target, backend=backend) is target
+        assert same_bits(target, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_dtypes(device: str, backend: str) -> None:
+    z = weights((5, 12)).to(device)
+    scale = column_scales(12).bfloat16()
+    expected = prox_24(z, 0.5, column_scale=scale.float().to(device), backend=backend)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert same_bits(prox_24(z, 0.5, column_scale=scale.to(dtype).to(device), backend=backend), expected)
+
+
+def test_fp64_stays_fp64(device: str) -> None:
+    z = all_blocks()[:2000].to(device)
+    w = prox_24(z, 0.7)
+    assert w.dtype == torch.float64
+    torch.testing.assert_close(w.cpu(), reference(all_blocks()[:2000], 0.7), rtol=1e-12, atol=1e-14)
+
+
+# --- properties -----------------------------------------------------------------------------------------------------------------
+
+magnitudes = st.one_of(st.just(0.0), st.sampled_from([0.25, 1.0, 1.5]), st.floats(2.0**-20, 2.0**14, width=32))
+numbers = st.builds(lambda size, negative: -size if negative else size, magnitudes, st.booleans())
+blocks = st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=6).map(torch.tensor)
+lambdas = st.one_of(st.sampled_from([0.3, 0.5, 1.0, 3.0]), st.floats(2.0**-10, 2.0**10, width=32))
+powers = st.integers(-8, 8).map(lambda k: 2.0**k)
+
+
+def prop(test: Callable[..., None]) -> Callable[..., None]:
+    """On both backends, a modest number of examples: an interpreted launch takes a tenth of a second."""
+    return pytest.mark.parametrize("backend", BACKENDS)(settings(deadline=None, max_examples=25)(test))
+
+
+@prop
+@given(z=st.lists(st.floats(width=32), min_size=8, max_size=8).map(torch.tensor))
+def test_zero_strength_is_the_identity_bit_for_bit(device: str, backend: str, z: Tensor) -> None:
+    for dtype in (torch.float32, *LOW):
+        assert same_bits(prox_24(z.to(dtype).to(device), 0, backend=backend), z.to(dtype))
+
+
+@prop
+@given(z=blocks, lam=lambdas, dropped=st.permutations(range(4)))
+def test_two_kept_blocks_are_fixed_points_bit_for_bit(device: str, backend: str, z: Tensor, lam: float, dropped: list[int]) -> None:
+    z[:, dropped[:2]] = 0
+    scale = torch.tensor([0.3, 3, 1, 0.7], device=device)
+    expected = torch.where(z == 0, 0.0, z)  # -0.0 becomes +0.0
+    assert same_bits(prox_24(z.to(device), lam, backend=backend), expected)
+    assert same_bits(prox_24(z.to(device), lam, column_scale=scale, backend=backend), expected)
+
+
+@prop
+@given(z=blocks, lam=lambdas)
+def test_signs_sizes_and_order(device: str, backend: str, z: Tensor, lam: float) -> None:
+    """Signs are kept, nothing grows, larger weights stay larger, at least the two largest survive, no -0.0."""
+    w = prox_24(z.to(device), lam, backend=backend).cpu()
+    assert ((w == 0) | (w.sign() == z.sign())).all()
+    assert (w.abs() <= z.abs()).all()
+    assert count_negative_zeros(w) == 0
+    order = z.abs().sort(-1, descending=True, stable=True).indices
+    ranked = w.abs().gather(-1, order)
+    assert (ranked.diff() <= 1e-6 * z.abs().amax(-1, keepdim=True)).all()
+    assert torch.equal(ranked[:, :2] > 0, z.abs().gather(-1, order)[:, :2] > 0)
+
+
+@prop
+@given(z=blocks, lam=lambdas, order=st.permutations(range(4)), signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4))
+def test_signs_and_permutations_commute(device: str, backend: str, z: Tensor, lam: float, order: list[int], signs: list[float]) -> None:
+    w = prox_24(z.to(device), lam, backend=backend).cpu()
+    s = torch.tensor(signs)
+    assert torch.equal(prox_24((s * z).to(device), lam, backend=backend).cpu(), s * w)
+    permuted = prox_24(z[:, order].to(device), lam, backend=backend).cpu()
+    # At a tie it is the position, not the value, that decides who is dropped.
+    assert same_bits(permuted.abs().sort(-1).values, w.abs().sort(-1).values)
+    distinct = (z.abs().sort(-1).values.diff() > 0).all(-1)
+    assert torch.equal(permuted[distinct], w[distinct][:, order])
+
+
+@prop
+@given(z=blocks, lam=lambdas, s=powers)
+def test_scale_law(device: str, backend: str, z: Tensor, lam: float, s: float) -> None:
+    """prox_lam(s z) = s prox_(lam s)(z), exactly for powers of two; hence a uniform column scale c acts as lam c."""
+    expected = prox_24(z.to(device), lam * s, backend=backend).cpu()
+    assert same_bits(prox_24((s * z).to(device), lam, backend=backend), s * expected)
+    assert same_bits(prox_24(z.to(device), lam, column_scale=torch.full((4,), s, device=device), backend=backend), expected)
+
+
+@prop
+@given(z=blocks, lam=lambdas, c=st.lists(st.floats(0.125, 8, width=32), min_size=4, max_size=4).map(torch.tensor))
+def test_never_worse_than_the_oracle(device: str, backend: str, z: Tensor, lam: float, c: Tensor) -> None:
+    for scale in (None, c):
+        w = prox_24(z.to(device), lam, column_scale=None if scale is None else scale.to(device), backend=backend).cpu()
+        metric = 1.0 if scale is None else scale.double()
+        u = z.double() * metric
+        best = objective(prox_24_exhaustive(u, lam, sweeps=12), u, lam)
+        assert (objective(w.double() * metric, u, lam) - best <= WORSE * 0.5 * u.square().sum(-1)).all()
+
+
+@prop
+@given(z=blocks, lam=lambdas, more=st.floats(1.0, 4.0))
+def test_a_larger_strength_regularises_more(device: str, backend: str, z: Tensor, lam: float, more: float) -> None:
+    """R(prox_lam(z)) falls with lam, for any R; the number of kept weights need not."""
+    weak, strong = (regulariser(prox_24(z.to(device), x, backend=backend).cpu().double()) for x in (lam, lam * more))
+    # Adding the two optimality conditions, each within WORSE, bounds the slack.
+    slack = WORSE * z.double().square().sum(-1) / max(lam * (more - 1), 1e-30)
+    assert (strong <= weak + slack).all()
+
+
+# --- edges ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lam", [1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_special_values(device: str, poisoned: None, lam: float, scaled: bool, backend: str) -> None:
+    cases = [
+        ([0.0, -0.0, 0.0, -0.0], [0.0, 0.0, 0.0, 0.0]),
+        ([-0.0, 0.0, -3.0, -0.0], [0.0, 0.0, -3.0, 0.0]),
+        ([INF, -INF, 1.0, 2.0], [INF, -INF, 0.0, 0.0]),
+        ([INF, INF, -INF, INF], [INF, INF, 0.0, 0.0]),
+        ([-INF, 1.0, 2.0, 3.0], [-INF, 0.0, 0.0, 3.0]),
+        ([0.0, 0.0, 0.0, -INF], [0.0, 0.0, 0.0, -INF]),
+        ([NAN, 1.0, 2.0, 3.0], [NAN] * 4),
+        ([0.0, -NAN, 0.0, 0.0], [NAN] * 4),
+        ([NAN, INF, -INF, 0.0], [NAN] * 4),
+        ([1e38, 3e38, -3e38, 2e38], [0.0, 3e38, -3e38, 0.0]),
+        ([-1e38, -1e38, 1e38, 1e38], [-1e38, -1e38, 0.0, 0.0]),
+        ([1e-45, -1e-40, 0.0, 0.0], [1e-45, -1e-40, 0.0, 0.0]),
+    ]
+    z = torch.tensor([[x for case, _ in cases for x in case]])
+    expected = torch.tensor([[x for _, case in cases for x in case]])
+    scale = torch.full((z.shape[-1],), 0.5, device=device) if scaled else None
+    w = prox_24(z.to(device), lam, column_scale=scale, backend=backend).cpu()
+    torch.testing.assert_close(w, expected, rtol=0, atol=0, equal_nan=True)
+    assert count_negative_zeros(w) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_stays_in_its_block(device: str, backend: str) -> None:
+    z = weights((6, 8)).to(device)
+    expected = prox_24(z, 0.5, backend=backend)
+    z[2, 5] = NAN
+    expected[2, 4:] = NAN
+    assert torch.equal(prox_24(z, 0.5, backend=backend).nan_to_num(77), expected.nan_to_num(77))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_denormals_are_not_flushed(device: str, dtype: torch.dtype, backend: str) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    z = torch.tensor([[1.0, -0.5, 0.25, 0.125]]).mul(tiny).to(dtype)
+    for lam in (1e-3, 1.0):
+        assert same_bits(prox_24(z.to(device), lam, backend=backend), z)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lam", [1000.0, 1e38])
+def test_huge_strength_keeps_the_two_largest_unshrunk(device: str, lam: float, backend: str) -> None:
+    z = weights((50, 8)).abs() + 0.01
+    w = prox_24(z.to(device), lam, backend=backend).cpu()
+    assert is_24(w)
+    kept = z.unflatten(-1, (-1, 4)).sort(-1, descending=True, stable=True).indices[..., :2]
+    mask = torch.zeros(50, 2, 4, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+    assert same_bits(w, torch.where(mask, z, 0.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_smallest_strengths(device: str, backend: str) -> None:
+    z = weights((7, 12)).to(device)
+    for lam in (5e-324, 1e-300, 1e-40, 2.0**-126, 1e-30):
+        torch.testing.assert_close(prox_24(z, lam, backend=backend), z, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lowest_index(device: str, backend: str) -> None:
+    z = torch.tensor([[3.0, 3, -3, 3], [1.0, 3, 3, 3], [-1.0, 1, 1, 1], [0.9, -1, 1, 1]])
+    w = prox_24(z.to(device), 1.0, backend=backend).cpu()
+    assert (w != 0).int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_underflow_is_positive_zero(device: str, backend: str) -> None:
+    """A strength at which the smallest weight survives in fp32, yet underflows in fp16, must not leave a -0.0."""
+    z = torch.tensor([[-0.25, -0.25, -0.125, -0.03125]], dtype=torch.float16)
+    low, high = 0.01, 1.0
+    for _ in range(60):
+        lam = (low + high) / 2
+        smallest = -prox_24(z.float().to(device), lam, backend=backend)[0, 3].item()
+        if 0 < smallest < 2.0**-26:
+            break
+        low, high = (lam, high) if smallest > 0 else (low, lam)
+    assert 0 < smallest < 2.0**-26
+    w = prox_24(z.to(device), lam, backend=backend)
+    assert same_bits(w[0, 3:], torch.zeros(1, dtype=torch.float16))
+    assert count_negative_zeros(w) == 0
+
+
+# --- the public function --------------------------------------------------------------------------------------------------------
+
+
+def test_default_on_the_cpu_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    z = weights((6, 8))
+    assert same_bits(prox_24(z, 0.5), reference(z, 0.5))
+    with pytest.raises(BackendError, match="prox_24: expected a CUDA tensor for backend='triton', got cpu"):
+        prox_24(z, 0.5, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters(device: str, backend: str) -> None:
+    """Not differentiated through; a parameter that requires grad can be updated in place."""
+    p = torch.nn.Parameter(weights((6, 8)).to(device))
+    expected = prox_24(p.detach(), 0.5, backend=backend)
+    w = prox_24(p, 0.5, backend=backend)
+    assert not w.requires_grad
+    assert w.data_ptr() != p.data_ptr()
+    version = p._version
+    assert prox_24(p, 0.5, out=p, backend=backend) is p
+    assert p.requires_grad
+    assert p.is_leaf
+    assert p._version > version  # autograd can tell that a saved weight has changed
+    assert same_bits(p.detach(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_input_is_left_alone(device: str, backend: str) -> None:
+    z = weights((6, 8)).to(device)
+    for lam in (0.0, 0.5):
+        before = z.clone()
+        w = prox_24(z, lam, backend=backend)
+        assert w.data_ptr() != z.data_ptr()
+        assert same_bits(z, before)
+
+
+def test_errors() -> None:
+    z = torch.zeros(2, 8)
+    with pytest.raises(TypeError, match="prox_24: expected a tensor for z, got list"):
+        prox_24([1.0] * 4, 1.0)
+    with pytest.raises(TypeError, match=r"prox_24: expected float32, float16, bfloat16 or float64 for z, got torch\.int64"):
+        prox_24(z.long(), 1.0)
+    with pytest.raises(ShapeError, match=r"prox_24: expected the last dimension divisible by 4, got shape \(8, 2\)"):
+        prox_24(z.t(), 1.0)
+    with pytest.raises(ShapeError, match="prox_24: expected a tensor of at least one dimension, got a scalar"):
+        prox_24(torch.tensor(1.0), 1.0)
+    for lam in (-1.0, NAN, INF, "1", None, torch.tensor(1.0)):
+        with pytest.raises(ConfigError, match="prox_24: expected a finite lam >= 0, got"):
+            prox_24(z, lam)
+    with pytest.raises(TypeError, match="prox_24: expected a tensor for column_scale, got float"):
+        prox_24(z, 1.0, column_scale=2.0)
+    with pytest.raises(ShapeError, match=r"prox_24: expected column_scale of shape \(8,\), got \(1, 8\)"):
+        prox_24(z, 1.0, column_scale=torch.ones(1, 8))
+    with pytest.raises(ConfigError, match="prox_24: expected column_scale on cpu, got meta"):
+        prox_24(z, 1.0, column_scale=torch.ones(8, device="meta"))
+    with pytest.raises(TypeError, match="prox_24: expected a tensor for out, got list"):
+        prox_24(z, 1.0, out=[])
+    with pytest.raises(TypeError, match=r"prox_24: expected out of dtype torch\.float32, got torch\.bfloat16"):
+        prox_24(z, 1.0, out=z.bfloat16())
+    with pytest.raises(ShapeError, match=r"prox_24: expected out of shape \(2, 8\), got \(2, 4\)"):
+        prox_24(z, 1.0, out=torch.zeros(2, 4))
+    with pytest.raises(ConfigError, match="prox_24: expected out on cpu, got meta"):
+        prox_24(z, 1.0, out=torch.zeros(2, 8, device="meta"))
+    with pytest.raises(ConfigError, match="prox_24: expected backend 'triton' or 'reference', got 'cuda'"):
+        prox_24(z, 1.0, backend="cuda")
+    with pytest.raises(BackendError, match="prox_24: expected fp32, fp16 or bf16 for backend='triton', got float64"):
+        prox_24(z.double(), 1.0, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(device: str, backend: str) -> None:
+    z, scale = weights((3, 8)).to(device), column_scales(8).to(device)
+    ops = torch.ops.proxsparse
+    for view in (z, weights((8, 4)).to(device).t(), z[:0], z.bfloat16()):
+        torch.library.opcheck(ops.prox_24.default, (view, 0.5, scale, backend))
+        torch.library.opcheck(ops.prox_24_out.default, (view, 0.5, None, backend, torch.zeros_like(view)))
+
+
+def test_compiles_into_one_graph(device: str) -> None:
+    """With a strength that changes, as under a schedule, and in place on the tensor it reads."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(w: Tensor, scale: Tensor, out: Tensor, lam: float) -> Tensor:
+        prox_24(w, lam, out=w)
+        prox_24(w + 1, lam, column_scale=scale, out=out)
+        return 2 * prox_24(w - 1, lam)
+
+    scale = column_scales(8).to(device)
+    for lam in (0.5, 0.25, 0.75):
+        z = weights((6, 8)).to(device)
+        w, out = z.clone(), torch.full_like(z, NAN)
+        result = step(w, scale, out, lam)
+        assert same_bits(w, prox_24(z, lam))
+        assert same_bits(out, prox_24(w + 1, lam, column_scale=scale))
+        assert same_bits(result, 2 * prox_24(w - 1, lam))
+
+
+# --- on the card ----------------------------------------------------------------------------------------------------------------
+
+LLAMA_2_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LLAMA_2_7B)
+def test_llama_shapes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """lambda * scale from the paper's 0.005 to where all three kinds of solutions compete."""
+    torch.manual_seed(0)
+    z = (0.02 * torch.randn(shape, device="cuda")).to(dtype)
+    for lam in (0.25, 40.0):
+        w, expected = prox_24(z, lam), prox_24(z, lam, backend="reference")
+        if dtype == torch.float32:
+            for rows in range(0, shape[0], 1024):
+                part = slice(rows, rows + 1024)
+                gaps = solution_gaps_on_card(w[part], expected[part], z[part], lam)
+                assert gaps.max() <= WORSE
+        else:
+            assert (w == expected).float().mean() > 0.999
+            solved = prox_24(z.float(), lam)
+            assert same_bits(w, solved.to(dtype))
+            assert solution_gaps_on_card(solved, prox_24(z.float(), lam, backend="reference"), z, lam).max() <= WORSE
+
+
+def solution_gaps_on_card(actual: Tensor, expected: Tensor, z: Tensor, lam: float) -> Tensor:
+    u, a, e = (x.double().unflatten(-1, (-1, 4)) for x in (z, actual, expected))
+    return (objective(a, u, lam) - objective(e, u, lam)).abs() / (0.5 * u.square().sum(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_and_without_extra_memory_in_place(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    z = (0.02 * torch.randn(4096, 11008, device="cuda")).to(dtype)
+    scale = torch.rand(11008, device="cuda") + 0.5
+    first = prox_24(z, 1.0, column_scale=scale)
+    w = z.clone()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prox_24(w, 1.0, column_scale=scale, out=w)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before
+    assert same_bits(w, first)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    n = 2**31 + 8
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * n:
+        pytest.skip("needs 13 GB of free GPU memory")
+    pattern = weights((8,)).bfloat16().cuda()
+    expected = prox_24(pattern, 0.5)
+    assert not torch.equal(expected, pattern)
+    z = torch.empty(n, dtype=torch.bfloat16, device="cuda")
+    z.view(-1, 8).copy_(pattern.expand(n // 8, 8))
+    prox_24(z, 0.5, out=z)
+    assert torch.equal(z[:8], expected)
+    assert torch.equal(z[2**31 - 8 :].view(-1, 8), expected.expand(2, 8))
+    for part in z.view(-1, 8).split(2**25):
+        assert (part == expected).all()
+
+
+@pytest.mark.gpu
+def test_inductor_on_the_card() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w, lam: prox_24(w * 2, lam) + 1, fullgraph=True)
+    z = weights((64, 512)).cuda()
+    assert same_bits(compiled(z, 0.5), prox_24(z * 2, 0.5) + 1)
