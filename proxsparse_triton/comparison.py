@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -49,15 +48,29 @@ def compare(
     built = {name: build_method(name, settings.get(name, {})) for name in methods}
     model, inputs = prepare(config, list(built.values()), progress)
     magnitude = _magnitude_masks(model, inputs.plan)
+    models = [model]
+    del model
+
+    def take_model() -> nn.Module:
+        """The model that `prepare` loaded the first time, a fresh one afterwards."""
+        if models:
+            return models.pop()
+        fresh: nn.Module = load_model(
+            inputs.source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code
+        )
+        return fresh
+
     rows = []
-    with output_folder(config.output, overwrite=config.overwrite) as out:
-        for index, (name, method) in enumerate(built.items()):
-            if index:
-                model = load_model(inputs.source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
+    # A method that fails leaves its metrics in <output>.partial/<method>.partial.
+    unfinished = [f"{name}.partial" for name in methods]
+    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=unfinished) as out:
+        for name, method in built.items():
             run = dataclasses.replace(config, method=name, output=out / name, settings=settings.get(name, {}))
-            record = run_method(run, method, model, inputs, progress)
+            record = run_method(run, method, take_model, inputs, progress)
+            # The folder as it will be called once the comparison is complete.
+            record = dataclasses.replace(record, folder=config.output / name)
             rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
-        write_manifest(out, {"comparison": [_entry(row, out) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
+        write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
     return Comparison(inputs, tuple(rows))
 
 
@@ -74,11 +87,11 @@ def _magnitude_masks(model: nn.Module, plan: LayerPlan) -> dict[str, Tensor]:
     return {f"{name}.weight": magnitude_mask(model.get_parameter(f"{name}.weight")) for name in plan.selected()}
 
 
-def _entry(row: Row, out: Path) -> dict[str, object]:
+def _entry(row: Row) -> dict[str, object]:
     record = row.record
     return {
         "method": record.method,
-        "folder": str(record.folder.relative_to(out)),
+        "folder": record.folder.name,
         "perplexity": record.perplexity,
         "seconds": round(record.seconds, 3),
         "peak_memory_bytes": record.peak_memory,

@@ -27,6 +27,10 @@ class DataError(ProxSparseError, ValueError):
     """Calibration or evaluation text is missing, unreadable or too short."""
 
 
+class ShortTextError(DataError):
+    """The text can be read but is too short for the windows asked, or has nothing on the side of the split that is wanted."""
+
+
 class ModelError(ProxSparseError, ValueError):
     """A model folder, Hub id or checkpoint cannot be used."""
 

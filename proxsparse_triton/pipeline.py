@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .calibration.sources import open_source
+from .calibration.sources import TextSource, open_source
 from .calibration.windows import Windows, calibration_windows, evaluation_windows
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, ShortTextError
 from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_memory
 from .evaluation.perplexity import perplexity
 from .formats.dense import write_pruned_model
@@ -60,14 +60,13 @@ class RunConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("evaluation_windows", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ConfigError(f"prune: expected --{option} of at least {least}, got {getattr(self, name)}. Choose another value.")
+        for option, value, least in (("samples", self.samples, 1), ("eval-windows", self.evaluation_windows, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise ConfigError(f"prune: expected --{option} of at least {least}, got {value}. Choose another value.")
         if self.seqlen is not None and self.seqlen < 2:
             raise ConfigError(f"prune: expected --seqlen of at least 2, got {self.seqlen}. Choose another value.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"prune: expected --dtype float32, bfloat16 or float16, got {self.dtype!r}. Choose one of these.")
+        if self.dtype not in ("float32", "bfloat16"):  # fp16 gradients underflow without loss scaling
+            raise ConfigError(f"prune: expected --dtype float32 or bfloat16, got {self.dtype!r}. Choose one of these.")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -113,7 +112,9 @@ def prune(config: RunConfig, progress: Progress = SILENT) -> RunRecord:
     check_output(config.output, overwrite=config.overwrite)
     method = build_method(config.method, config.settings)
     model, inputs = prepare(config, [method], progress)
-    return run_method(config, method, model, inputs, progress)
+    models = [model]
+    del model
+    return run_method(config, method, models.pop, inputs, progress)
 
 
 def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) -> tuple[nn.Module, Inputs]:
@@ -147,24 +148,20 @@ def read_text(
     """Calibration and evaluation windows that share no document.
 
     Without --eval the text is split: one document in ten is held out (c4 and wikitext2 bring their own split). A text too short for
-    that is used whole and nothing is measured on it.
+    that is used whole and nothing is measured on it; nor is it where a Hub text cannot be had and the method needs none.
     """
     evaluation, digests = None, frozenset[str]()
     if config.evaluation is not None:
         text = open_source(config.evaluation, split="all" if is_local(config.evaluation) else "heldout", text_field=config.text_field)
-        evaluation, digests = evaluation_windows(text, tokenizer, windows=config.evaluation_windows, seqlen=seqlen, progress=progress)
+        evaluation, digests = _windows_to_measure(text, config, tokenizer, seqlen, progress)
     else:
-        heldout = open_source(config.calibration, split="heldout", text_field=config.text_field)
-        for count in (config.evaluation_windows, None):
-            try:
-                evaluation, digests = evaluation_windows(heldout, tokenizer, windows=count, seqlen=seqlen, progress=progress)
-                break
-            except DataError:
-                continue  # fewer windows than asked for: take what there is; none: go on without
-        if evaluation is None:
-            progress.note(
-                f"{config.calibration}: no held-out window of {seqlen} tokens, so no perplexity is measured. Name a text with --eval."
-            )
+        text = open_source(config.calibration, split="heldout", text_field=config.text_field)
+        try:
+            evaluation, digests = _windows_to_measure(text, config, tokenizer, seqlen, progress)
+        except DataError as error:
+            if not isinstance(error, ShortTextError) and (needs_calibration or is_local(config.calibration)):
+                raise
+            progress.note(f"No perplexity is measured; name a text with --eval. The reason: {error}")
     if not needs_calibration:
         return None, evaluation
     whole = is_local(config.calibration) and (config.evaluation is not None or evaluation is None)
@@ -182,6 +179,18 @@ def read_text(
     return calibration, evaluation
 
 
+def _windows_to_measure(
+    text: TextSource, config: RunConfig, tokenizer: Any, seqlen: int, progress: Progress
+) -> tuple[Windows, frozenset[str]]:
+    """As many evaluation windows as asked for, or as there are. ShortTextError where there is not one."""
+    try:
+        return evaluation_windows(text, tokenizer, windows=config.evaluation_windows, seqlen=seqlen, progress=progress)
+    except ShortTextError:
+        found, digests = evaluation_windows(text, tokenizer, windows=None, seqlen=seqlen, progress=progress)
+        progress.note(f"{text.name}: {len(found.tokens)} windows of {seqlen} tokens to measure on, not {config.evaluation_windows}.")
+        return found, digests
+
+
 def is_local(spec: str) -> bool:
     """True for a file or folder, False for a built-in text or a Hub dataset."""
     return spec not in BUILT_IN_TEXTS and Path(spec).expanduser().exists()
@@ -197,19 +206,23 @@ def describe(plan: LayerPlan, progress: Progress) -> None:
             progress.note(f"  skipped {choice.name} {list(choice.shape)}: {choice.reason}")
 
 
-def run_method(config: RunConfig, method: Method, model: nn.Module, inputs: Inputs, progress: Progress) -> RunRecord:
-    """The method, the run folder, and the perplexity of what was written. Consumes the model."""
+def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Module], inputs: Inputs, progress: Progress) -> RunRecord:
+    """The method, the run folder, and the perplexity of what was written.
+
+    `take_model` hands over the only reference: the model is freed before what was written is loaded, so that one model at a time
+    is in memory.
+    """
     size = sum(path.stat().st_size for path in inputs.source.weight_files)
     with output_folder(config.output, overwrite=config.overwrite, keep_on_error=[METRICS], needed=size) as out:
         with _metrics(out / METRICS) as record, explain_out_of_memory("prune", f"{config.method} on {config.place}", _ADVICE):
             windows = () if inputs.calibration is None else inputs.calibration.tokens
-            task = PruneTask(model, inputs.plan, windows, seed=config.seed, progress=progress, record=record)
+            task = PruneTask(take_model(), inputs.plan, windows, seed=config.seed, progress=progress, record=record)
             reset_peak_memory(config.place)
             start = time.perf_counter()
             result = method.prune(task)
             seconds = time.perf_counter() - start
             peak = peak_memory(config.place)
-        del model, task
+        del task
         gc.collect()
         entry = {"method": config.method, "pattern": "2:4", "original": config.model, "weights_updated": result.weights is not None}
         write_pruned_model(inputs.source.folder, inputs.source.weight_files, out, result.masks, weights=result.weights, config_entry=entry)

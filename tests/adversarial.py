@@ -20,7 +20,9 @@ ORACLE_SWEEPS = 200
 
 
 def adversarial_blocks(seed: int) -> dict[str, Tensor]:
-    """Seven families of blocks, name -> fp64 [1000, 4], signs mixed; every value is an fp32 number, so one oracle serves both precisions."""
+    """Seven families of blocks, name -> fp64 [1000, 4], signs mixed.
+
+    Every value is an fp32 number, so that one oracle serves both precisions."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -46,11 +48,10 @@ def adversarial_blocks(seed: int) -> dict[str, Tensor]:
 
 
 FAMILIES = tuple(adversarial_blocks(0))
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="needs triton")
 # Where an operation can run here; without a GPU conftest.py sets the interpreter up for the kernels.
-BACKENDS = (
-    "reference",
-    pytest.param("triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")),
-)
+BACKENDS = ("reference", pytest.param("triton", marks=needs_triton))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ShortTextError
 from .files import ACCEPTED_FILES, SUFFIXES, decode, read_documents, require, suffix_of, text_files, walk
 from .hub import ACCEPTED, HubText, hub_documents
 
@@ -196,7 +196,7 @@ def _one_side(documents: Iterator[str], spec: str, split: Split, *, keep_blank: 
     if not seen:
         raise DataError(f"{spec}: expected text, got no document that is not blank. Give a source that has text.")
     if not given:
-        raise DataError(
+        raise ShortTextError(
             f"{spec}: expected documents on the {split} side, got none of {seen} (each falls on one side whole, by its content; one in ten "
             "is held out). Give more documents, or a second text for evaluation and use all of both."
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, ShortTextError
 from ..progress import SILENT, Progress, Task
 from .sources import TextSource, document_digest
 
@@ -59,7 +59,7 @@ def calibration_windows(
             tokenizer's own special tokens, cut at `seqlen`, as the authors of ProxSparse do.
         exclude: digests of documents to leave out: those that are evaluated on.
     Returns: Windows, `samples` tensors.
-    Raises: ConfigError: samples, seqlen, seed or mode out of range. DataError: the text is too short, or unreadable.
+    Raises: ConfigError: samples, seqlen, seed or mode out of range. ShortTextError: the text is too short. DataError: unreadable.
     """
     _check_count("calibration_windows", "samples", samples, 1)
     _check_count("calibration_windows", "seqlen", seqlen, 2)
@@ -80,7 +80,7 @@ def calibration_windows(
     if len(pool.windows) < samples:
         kind = f"windows of {seqlen} tokens" if mode == "packed" else "documents of two tokens or more"
         left_out = f" ({texts.excluded} documents are left out because they are evaluated on)" if texts.excluded else ""
-        raise DataError(
+        raise ShortTextError(
             f"calibration_windows: expected {samples} {kind} from {source.name}, got {len(pool.windows)}{left_out}. "
             f"Lower --samples{' or --seqlen' if mode == 'packed' else ''}, or give more text."
         )
@@ -100,7 +100,7 @@ def evaluation_windows(
 
     Packing is that of `calibration_windows`; a last incomplete window is dropped. Give the digests to `exclude` there.
 
-    Raises: ConfigError: windows or seqlen out of range. DataError: fewer windows than asked, or not one; unreadable text.
+    Raises: ConfigError: windows or seqlen out of range. ShortTextError: fewer windows than asked, or not one. DataError: unreadable.
     """
     if windows is not None:
         _check_count("evaluation_windows", "windows", windows, 1)
@@ -111,7 +111,7 @@ def evaluation_windows(
     if len(pool.windows) < (windows or 1):
         asked = "at least one window" if windows is None else f"{windows} windows"
         lower = "--seqlen" if windows is None else "--windows or --seqlen"
-        raise DataError(
+        raise ShortTextError(
             f"evaluation_windows: expected {asked} of {seqlen} tokens from {source.name}, got {len(pool.windows)} from "
             f"{pool.total} tokens. Lower {lower}, or give more text."
         )

@@ -97,4 +97,5 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
         ("method", "how it chooses", "perplexity", "time", "peak memory", "same blocks as magnitude"),
         table,
         note=measured + learnt,
+        left=2,
     )

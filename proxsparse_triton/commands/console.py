@@ -62,8 +62,8 @@ def console_progress() -> Iterator[Progress]:
         yield _BarProgress(bars, console)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:
-    """One table on stdout: the first column is left-aligned, the others right-aligned."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", left: int = 1) -> None:
+    """One table on stdout: the first `left` columns are left-aligned, the others right-aligned."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -73,7 +73,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console = Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=200)
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, caption=escape(note) or None, caption_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(escape(column), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

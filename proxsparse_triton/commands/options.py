@@ -45,9 +45,7 @@ RUN_OPTIONS = (
     click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet or Hub rows that holds the text."),
     click.option("--seed", type=int, default=42, show_default=True),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU]"),
-    click.option(
-        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Of learning."
-    ),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of learning."),
     click.option("--include", multiple=True, metavar="REGEX", help="Only layers whose name matches. May be repeated."),
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave out layers whose name matches. May be repeated."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier run of pst at RUN (never anything else)."),
@@ -78,7 +76,9 @@ def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
     """The RunConfig of the shared options."""
     from ..pipeline import RunConfig
 
-    calibration = options.pop("calibration") or ("stdlib" if model == "demo" else "c4")
+    calibration = options.pop("calibration")
+    if calibration is None:
+        calibration = "stdlib" if model == "demo" else "c4"
     return RunConfig(
         model=model,
         output=Path(options.pop("output")),

@@ -26,11 +26,15 @@ def prune(model: str, method: str, preset: str | None, as_json: bool, **options:
     """
     settings = method_settings(options)
     if preset is not None:
+        from ..errors import ConfigError
         from ..methods.presets import preset as published
 
+        if method != "proxsparse":
+            raise ConfigError(f"prune: expected --preset with --method proxsparse only, got --method {method}. Leave --preset out.")
         values: dict[str, Any] = published(preset)
-        options["seqlen"] = options["seqlen"] or values.pop("seqlen")
-        settings = {**{key: value for key, value in values.items() if key != "seqlen"}, **settings}
+        seqlen = values.pop("seqlen")
+        options["seqlen"] = seqlen if options["seqlen"] is None else options["seqlen"]
+        settings = {**values, **settings}
     from ..pipeline import prune as run
     from .console import console_progress
 

@@ -21,8 +21,8 @@ from .perplexity import CHECK_DTYPE
 if TYPE_CHECKING:
     from torch import nn
 
-# The seven zero-shot tasks of the 2:4 pruning literature (Sun et al. 2024, Wanda), all scored by `acc`.
-PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
+# The seven zero-shot tasks of the ProxSparse paper (its columns ARC-C, ARC-E, SIQA, HellaSwag, OBQA, PIQA, TQA), all by `acc`.
+PAPER_TASKS = ("arc_challenge", "arc_easy", "social_iqa", "hellaswag", "openbookqa", "piqa", "truthfulqa_mc2")
 SEED = 1234  # lm-eval's own default for numpy, torch and few-shot sampling; here for all of them
 _FIRST_VERSION = "0.4.12"  # the first lm-eval with TaskManager.load
 _NOISY = ("lm_eval", "datasets", "huggingface_hub")
@@ -120,7 +120,7 @@ def run_tasks(
     """Score a causal language model on benchmark tasks with lm-eval.
 
     Zero-shot by default, seeds fixed (python's, numpy's and torch's generators are re-seeded), no chat template. What stands for a
-    task, and enters the mean, is plain `acc`, as Wanda reports it for its seven tasks; `acc_norm` (log-likelihood per byte of the
+    task, and enters the mean, is plain `acc`, as the paper reports it for its seven tasks; `acc_norm` (log-likelihood per byte of the
     answer) is in the metrics wherever the task has it. lm-eval's progress bars and warnings go to stderr, stdout stays clean.
 
     Args:

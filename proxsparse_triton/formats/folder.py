@@ -90,7 +90,7 @@ def output_folder(path: Path, *, overwrite: bool = False, keep_on_error: Sequenc
 
     Args:
         overwrite: as for `check_output`, which is called first.
-        keep_on_error: names directly inside the folder (metrics.jsonl).
+        keep_on_error: names directly inside the folder (metrics.jsonl); a folder of that name is kept whole.
         needed: bytes the whole run takes, named in the message when the disk is full.
     Raises: OutputError: `path` may not be written, the disk is full, or the final rename failed.
     """
@@ -248,7 +248,8 @@ def _discard(partial: Path, keep: Sequence[str], made: Sequence[Path]) -> None:
         for entry in list(partial.iterdir()):
             with suppress(OSError):
                 if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
+                    if entry.name not in keep:
+                        shutil.rmtree(entry)
                 elif entry.name not in keep or entry.stat().st_size == 0:
                     entry.unlink()
         partial.rmdir()

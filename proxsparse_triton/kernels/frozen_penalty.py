@@ -23,13 +23,14 @@ def _frozen_penalty_kernel(
     """
     lam = tl.cast(lam, tl.float32)
     frozen_eps = tl.cast(frozen_eps, tl.float32)
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    # Rows of four: weights of any two dtypes then get the same layout, and nothing is exchanged between threads but the sum.
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     inside = offset < n
     w = tl.load(w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     w0 = tl.load(w0_ptr + offset, mask=inside, other=1.0).to(tl.float32)
     a = 1 / (w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps))
     r = a * w * (w - w0)
-    tl.store(partial_ptr + tl.program_id(0), lam * tl.sum(r * r))
+    tl.store(partial_ptr + tl.program_id(0), lam * tl.sum(tl.sum(r * r, axis=1), axis=0))
     if HAS_GRAD:
         grad = 2 * lam * r * a * (2 * w - w0)
         if ACCUMULATE:

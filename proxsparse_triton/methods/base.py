@@ -41,6 +41,15 @@ class PruneTask:
         prefix = f"{self.plan.blocks}.{block}."
         return {name: linear for name, linear in self.linears().items() if name.startswith(prefix)}
 
+    def check_inside_blocks(self, method: str) -> None:
+        """ConfigError if a selected layer lies outside the decoder blocks, where methods that go block by block never come."""
+        outside = [choice.name for choice in self.plan.choices if choice.selected and choice.block is None]
+        if outside:
+            raise ConfigError(
+                f"{method}: expected layers inside the decoder blocks {self.plan.blocks}, got {outside[0]}. "
+                "Leave it out with --skip, or use --method magnitude or proxsparse."
+            )
+
 
 @dataclass(frozen=True)
 class PruneResult:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..ops import accumulate_frozen_penalty, prox_24
 from ..sparsity import BLOCK, count_24_blocks
 from ..training.loop import LoopConfig, learn, steps_of
@@ -93,6 +93,10 @@ class ProxSparse:
     def prune(self, task: PruneTask) -> PruneResult:
         linears = task.linears()
         sigma = rms(linears)
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ModelError(
+                f"proxsparse: expected finite weights that are not all zero, got a root mean square of {sigma}. Check the model."
+            )
         steps = steps_of(len(task.windows), self._loop_config(1.0))
         lr = DEFAULT_TRAVEL * sigma / steps if self.lr is None else self.lr
         lambda1 = DEFAULT_STRENGTH / (steps * sigma) if self.lambda1 is None else self.lambda1

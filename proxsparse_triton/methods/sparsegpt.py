@@ -5,6 +5,7 @@ Source: Frantar & Alistarh 2023 (arXiv 2301.00774).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,12 +89,13 @@ class SparseGPT:
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.dampening > 0:
-            raise ConfigError(f"sparsegpt: expected dampening > 0, got {self.dampening}. The usual value is 0.01.")
+        if not (math.isfinite(self.dampening) and self.dampening > 0):
+            raise ConfigError(f"sparsegpt: expected a finite dampening > 0, got {self.dampening}. The usual value is 0.01.")
         if self.column_block < BLOCK or self.column_block % BLOCK:
             raise ConfigError(f"sparsegpt: expected column_block divisible by {BLOCK}, got {self.column_block}. The usual value is 128.")
 
     def prune(self, task: PruneTask) -> PruneResult:
+        task.check_inside_blocks("sparsegpt")
         _, blocks = decoder_blocks(task.model)
         walker = BlockWalker(task.model, blocks, task.windows)
         masks: dict[str, Tensor] = {}

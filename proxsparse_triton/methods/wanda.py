@@ -28,6 +28,7 @@ class Wanda:
     needs_calibration: ClassVar[bool] = True
 
     def prune(self, task: PruneTask) -> PruneResult:
+        task.check_inside_blocks("wanda")
         _, blocks = decoder_blocks(task.model)
         walker = BlockWalker(task.model, blocks, task.windows)
         masks: dict[str, Tensor] = {}

@@ -14,10 +14,11 @@ from ..errors import BackendError, ConfigError, ShapeError
 
 BACKENDS = ("triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked for here: torch.compile cannot trace the search
 
 
 def have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return TRITON_INSTALLED
 
 
 def choose_backend(function: str, tensor: Tensor, backend: str | None) -> str:

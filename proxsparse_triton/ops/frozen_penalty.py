@@ -62,7 +62,9 @@ def _check(function: str, w: Tensor, w0: Tensor, lam: float, frozen_eps: float) 
 def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, *, backend: str | None = None) -> Tensor:
     """The frozen-weight penalty: each weight is drawn to 0 or to its pretrained value.
 
-    lam * || w / (w0 + eps sgn(w0)) * (w - w0) ||_F^2,  sgn(0) = +1;  gradient 2 lam r a (2w - w0), a = 1 / (w0 + eps sgn(w0)), r = a w (w - w0)
+    lam * || w / (w0 + eps sgn(w0)) * (w - w0) ||_F^2,  sgn(0) = +1
+
+    Its gradient is 2 lam r a (2w - w0), with a = 1 / (w0 + eps sgn(w0)) and r = a w (w - w0).
 
     Args:
         w: current weights, any shape; fp32, fp16 or bf16, computed in fp32 (fp64 in the reference). May require grad.

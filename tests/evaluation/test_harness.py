@@ -113,7 +113,7 @@ class Small(lm_eval.tasks.TaskManager):
 
     def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
         root = Path(lm_eval.tasks.__file__).parent
-        folders = [root / name for name in ("arc", "super_glue/boolq", "hellaswag", "openbookqa", "glue/rte", "winogrande")]
+        folders = [root / name for name in ("arc", "siqa", "hellaswag", "openbookqa", "piqa", "truthfulqa")]
         super().__init__(include_path=folders if include_defaults else include_path, include_defaults=False)
 
 

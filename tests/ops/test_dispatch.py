@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
+from adversarial import needs_triton
 
 from proxsparse_triton.errors import BackendError, ConfigError, ShapeError
+from proxsparse_triton.ops import dispatch
 from proxsparse_triton.ops.dispatch import check_floating, check_like, check_strength, choose_backend, have_triton
 
 CUDA = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
@@ -16,8 +17,8 @@ CUDA = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find_spec(name, *rest))
+    """As on a system without it; tests/test_init.py starts Python where it cannot be found."""
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -25,7 +26,7 @@ def test_cpu_tensors_take_the_reference(dtype: torch.dtype) -> None:
     assert choose_backend("f", torch.zeros(4, dtype=dtype), None) == "reference"
 
 
-@pytest.mark.skipif(not have_triton(), reason="needs triton")
+@needs_triton
 def test_cuda_tensors_take_triton_unless_fp64() -> None:
     assert choose_backend("f", CUDA, None) == "triton"
     assert choose_backend("f", SimpleNamespace(is_cuda=True, dtype=torch.float64), None) == "reference"
@@ -38,12 +39,19 @@ def test_cuda_tensors_fall_back_without_triton(no_triton: None) -> None:
     assert choose_backend("f", CUDA, None) == "reference"
 
 
+def test_the_choice_is_traced_by_torch_compile() -> None:
+    """On CUDA tensors the choice asks whether Triton is installed; Dynamo would refuse to trace the search itself."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if have_triton() else x, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.zeros(1)).item() == have_triton()
+
+
 def test_triton_asked_for_and_missing(no_triton: None) -> None:
-    with pytest.raises(BackendError, match="f: expected Triton for backend='triton', found none. Install triton"):
+    with pytest.raises(BackendError, match=r"f: expected Triton for backend='triton', found none\. Install triton"):
         choose_backend("f", CUDA, "triton")
 
 
-@pytest.mark.skipif(not have_triton(), reason="needs triton")
+@needs_triton
 def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend("f", torch.zeros(4), "triton") == "triton"
@@ -52,7 +60,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch: pytest.MonkeyP
         choose_backend("f", torch.zeros(4), "triton")
 
 
-@pytest.mark.skipif(not have_triton(), reason="needs triton")
+@needs_triton
 def test_triton_does_not_take_fp64() -> None:
     with pytest.raises(BackendError, match="f: expected fp32, fp16 or bf16 for backend='triton', got float64"):
         choose_backend("f", torch.zeros(4, dtype=torch.float64), "triton")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from adversarial import BACKENDS, all_blocks
+from adversarial import BACKENDS, all_blocks, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (3, 4), (63, 500), (7, 12), (2, 3, 8), (0, 8), (5, 0), (2, 0, 4)])
 def test_kernel_is_the_reference(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

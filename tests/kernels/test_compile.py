@@ -1,0 +1,147 @@
+"""Compiles every kernel for cards that need not be here: no spilled register, no barrier between threads, whole-block accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+# A process of its own: under TRITON_INTERPRET=1 the kernels are numpy and cannot be compiled.
+SCRIPT = textwrap.dedent(
+    """
+    import json, pathlib, re, subprocess, sys, tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from proxsparse_triton.kernels import frozen_penalty, launch, mask, prox
+
+    tile, warps = launch.BLOCKWISE.tile_blocks, launch.BLOCKWISE.num_warps
+    cases = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        for scaled in (False, True):
+            types = {"z_ptr": "*" + dtype, "scale_ptr": "*fp32" if scaled else "*" + dtype, "out_ptr": "*" + dtype,
+                     "lam": "fp32", "n_blocks": "i32", "row_blocks": "i32"}
+            constants = {"HAS_SCALE": scaled, "TILE_BLOCKS": tile, "EXPLICIT": False}
+            cases.append((f"prox {dtype}" + " scaled" * scaled, prox._prox_24_kernel, types, constants, warps, ()))
+        types = {"score_ptr": "*" + dtype, "mask_ptr": "*i1", "n_blocks": "i32"}
+        cases.append((f"mask {dtype}", mask._mask_24_kernel, types, {"TILE_BLOCKS": tile}, warps, ()))
+    for w, w0, grad in (("fp32",) * 3, ("fp32", "bf16", "fp32"), ("bf16",) * 3, ("fp16",) * 3):
+        for has_grad, accumulate in ((False, False), (True, False), (True, True)):
+            types = {"w_ptr": "*" + w, "w0_ptr": "*" + w0, "grad_ptr": "*" + grad, "partial_ptr": "*fp32",
+                     "lam": "fp32", "frozen_eps": "fp32", "n": "i32"}
+            constants = {"ACCUMULATE": accumulate, "HAS_GRAD": has_grad, "TILE": frozen_penalty.TILE, "EXPLICIT": False}
+            name = f"frozen_penalty {w} {w0} {has_grad + accumulate}"
+            cases.append((name, frozen_penalty._frozen_penalty_kernel, types, constants, 4, ("n",)))
+
+    def compiled(kernel, types, constants, warps, divisible, target):
+        names = kernel.arg_names
+        signature = {name: types.get(name, "constexpr") for name in names}
+        # What the launcher finds out of real tensors: aligned pointers, and sizes that are multiples of 16.
+        aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in divisible]
+        source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()},
+                           {(i,): [["tt.divisibility", 16]] for i in aligned})
+        return triton.compile(source, target=target, options={"num_warps": warps})
+
+    report = []
+    for cc in (80, 90, 100):
+        for name, kernel, types, constants, kernel_warps, divisible in cases:
+            result = compiled(kernel, types, constants, kernel_warps, divisible, GPUTarget("cuda", cc, 32))
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = pathlib.Path(folder) / "kernel.cubin"
+                cubin.write_bytes(result.asm["cubin"])
+                usage = subprocess.run([sys.argv[1], "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+            ptx = result.asm["ptx"]
+            report.append({
+                "name": f"{name} sm_{cc}",
+                "usage": {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)},
+                "barriers": ptx.count("bar.sync") + ptx.count("barrier.sync"),
+                "accesses": sorted(set(re.findall(r"\\b(?:ld|st)\\.global[\\w.:]*", ptx))),
+            })
+    hip = None
+    if "amd" in triton.backends.backends:
+        name, kernel, types, constants, kernel_warps, divisible = next(case for case in cases if case[0] == "prox bf16 scaled")
+        assembly = compiled(kernel, types, constants, kernel_warps, divisible, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
+        hip = {
+            "spills": [int(count) for count in re.findall(r"[sv]gpr_spill_count:\\s*(\\d+)", assembly)],
+            "scratch": [int(count) for count in re.findall(r"\\.private_segment_fixed_size:\\s*(\\d+)", assembly)],
+            "barriers": assembly.count("s_barrier"),
+        }
+    print(json.dumps({"cuda": report, "hip": hip}))
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    if not CUOBJDUMP.exists():
+        pytest.skip(f"needs cuobjdump from triton's wheel at {CUOBJDUMP}")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(CUOBJDUMP)], capture_output=True, text=True, env=environment, check=False)
+    if run.returncode and ("ImportError" in run.stderr or "ModuleNotFoundError" in run.stderr):
+        pytest.skip(f"this Triton has another compile interface: {run.stderr.splitlines()[-1]}")
+    assert run.returncode == 0, run.stderr[-3000:]
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.slow
+def test_every_kernel_was_compiled(report: dict[str, Any]) -> None:
+    assert len(report["cuda"]) == 3 * (6 + 3 + 12)
+
+
+@pytest.mark.slow
+def test_no_register_is_spilled(report: dict[str, Any]) -> None:
+    for kernel in report["cuda"]:
+        assert set(kernel["usage"]) == {"REG", "STACK", "LOCAL"}, kernel
+        assert (kernel["usage"]["STACK"], kernel["usage"]["LOCAL"]) == (0, 0), kernel
+
+
+@pytest.mark.slow
+def test_half_of_the_threads_or_more_fit(report: dict[str, Any]) -> None:
+    """128 registers are the limit for 512 threads of a multiprocessor's 65,536 registers."""
+    for kernel in report["cuda"]:
+        assert kernel["usage"]["REG"] <= 128, kernel
+
+
+@pytest.mark.slow
+def test_blockwise_kernels_have_no_barrier(report: dict[str, Any]) -> None:
+    """One thread owns a block: nothing is exchanged. The penalty's sum needs shared memory once."""
+    for kernel in report["cuda"]:
+        limit = 2 if kernel["name"].startswith("frozen_penalty") else 0
+        assert kernel["barriers"] <= limit, kernel
+
+
+@pytest.mark.slow
+def test_accesses_are_as_wide_as_a_block(report: dict[str, Any]) -> None:
+    """16 bytes for four fp32 weights, 8 for four in 16 bits, 4 for the four bytes of a mask."""
+    for kernel in report["cuda"]:
+        operation, dtype, *_ = kernel["name"].split()
+        block = "v4.b32" if dtype == "fp32" else "v2.b32"
+        if operation == "prox":
+            allowed = {f"ld.global.{block}", f"st.global.{block}", "ld.global.v4.b32"}
+            assert set(kernel["accesses"]) <= allowed, kernel
+        elif operation == "mask":
+            assert kernel["accesses"] == [f"ld.global.{block}", "st.global.b32"], kernel
+        else:
+            assert all(access.endswith((".v4.b32", ".v2.b32")) or access == "st.global.b32" for access in kernel["accesses"]), kernel
+
+
+@pytest.mark.slow
+def test_amd(report: dict[str, Any]) -> None:
+    if report["hip"] is None:
+        pytest.skip("this Triton has no AMD backend")
+    assert report["hip"]["spills"]
+    assert not any(report["hip"]["spills"] + report["hip"]["scratch"])
+    assert report["hip"]["barriers"] == 0

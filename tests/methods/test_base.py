@@ -1,0 +1,109 @@
+"""The protocol: names from files, settings from options, and that one file is all a method takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from proxsparse_triton import methods
+from proxsparse_triton.errors import ConfigError
+from proxsparse_triton.methods.base import PruneTask, build_method, method_class, method_names
+from proxsparse_triton.methods.proxsparse import ProxSparse
+from proxsparse_triton.methods.sparsegpt import SparseGPT
+from proxsparse_triton.models.selection import LayerChoice, LayerPlan
+
+NEW_METHOD = '''
+"""Keeps the last two of every four weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from proxsparse_triton.methods.base import PruneResult, PruneTask
+
+
+@dataclass(frozen=True)
+class LastTwo:
+    extra: float = 1.0
+    needs_calibration: ClassVar[bool] = False
+
+    def prune(self, task: PruneTask) -> PruneResult:
+        pattern = torch.tensor([False, False, True, True])
+        return PruneResult({name: pattern.repeat(*l.weight.shape[:-1], l.in_features // 4) for name, l in task.linears().items()})
+
+
+METHOD = LastTwo
+'''
+
+
+def test_names_are_the_files_of_the_folder() -> None:
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base", "presets"}
+    assert method_names() == sorted(files)
+    assert set(method_names()) >= {"magnitude", "wanda", "sparsegpt", "proxsparse"}
+
+
+def test_a_new_method_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "last_two.py").write_text(NEW_METHOD)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert "last_two" in method_names()
+    method = build_method("last_two", {"extra": 2.0})
+    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 3)]))
+    result = method.prune(PruneTask(model, LayerPlan((LayerChoice("0.0", (3, 8), True, "", 0),), "0"), ()))
+    assert result.masks["0.0.weight"][0].tolist() == [False, False, True, True] * 2
+
+
+def test_none_means_the_default() -> None:
+    assert build_method("sparsegpt", {"dampening": None, "mask_only": True}) == SparseGPT(mask_only=True)
+    assert build_method("proxsparse", {}) == ProxSparse()
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(ConfigError, match=r"method: expected one of magnitude, .*, got 'wnada'"):
+        build_method("wnada", {})
+    for helper in ("base", "presets", "__init__"):  # files of the folder that are no methods
+        with pytest.raises(ConfigError):
+            method_class(helper)
+
+
+def test_settings_of_another_method() -> None:
+    with pytest.raises(ConfigError, match=r"method wanda: expected only its own settings \(none\), got --frozen-eps, --lr"):
+        build_method("wanda", {"frozen_eps": 1.0, "lr": 1.0, "dampening": None})
+    with pytest.raises(ConfigError, match=r"sparsegpt: expected only its own settings \(--column-block, --dampening, --mask-only\)"):
+        build_method("sparsegpt", {"lambda1": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("proxsparse", {"lambda1": -0.1}, "lambda1 >= 0, got -0.1"),
+        ("proxsparse", {"lambda1": float("nan")}, "lambda1 >= 0, got nan"),
+        ("proxsparse", {"lambda2": float("inf")}, "lambda2 >= 0, got inf"),
+        ("proxsparse", {"lambda2": -1.0}, "lambda2 >= 0, got -1.0"),
+        ("proxsparse", {"frozen_eps": 0.0}, "frozen_eps > 0, got 0.0"),
+        ("proxsparse", {"lr": 0.0}, "lr > 0, got 0.0"),
+        ("proxsparse", {"lr": float("nan")}, "lr > 0, got nan"),
+        ("proxsparse", {"batch_size": 0}, "batch_size >= 1, got 0"),
+        ("proxsparse", {"epochs": -1}, "epochs >= 1, got -1"),
+        ("sparsegpt", {"dampening": 0.0}, "dampening > 0, got 0.0"),
+        ("sparsegpt", {"dampening": float("nan")}, "dampening > 0, got nan"),
+        ("sparsegpt", {"dampening": float("inf")}, "dampening > 0, got inf"),
+        ("sparsegpt", {"column_block": 6}, "column_block divisible by 4, got 6"),
+        ("sparsegpt", {"column_block": 0}, "column_block divisible by 4, got 0"),
+    ],
+)
+def test_values_that_make_no_sense(name: str, settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_method(name, settings)
+
+
+def test_layers_outside_the_blocks_are_refused_by_block_wise_methods() -> None:
+    """They would be left dense without a word: the walk never comes to them."""
+    choices = (LayerChoice("0.0", (3, 8), True, "", 0), LayerChoice("head", (3, 8), True, "", None))
+    task = PruneTask(nn.Sequential(nn.ModuleList([nn.Linear(8, 3)])), LayerPlan(choices, "0"), (torch.zeros(4, dtype=torch.int64),))
+    for name in ("wanda", "sparsegpt"):
+        with pytest.raises(ConfigError, match=f"{name}: expected layers inside the decoder blocks 0, got head"):
+            build_method(name, {}).prune(task)

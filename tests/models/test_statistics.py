@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from proxsparse_triton.models.statistics import Hessian, InputNorm, observe
+
+
+def inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((2, 7, 12), (1, 5, 12), (3, 12))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_the_direct_computation(device: str, dtype: torch.dtype) -> None:
+    linear = nn.Linear(12, 5).to(device, dtype)
+    norm, hessian = InputNorm(linear), Hessian(linear)
+    given = inputs(device, dtype)
+    for statistic in (norm, hessian):
+        with observe({"x": linear}, {"x": statistic}):
+            for x in given:
+                linear(x)
+    x = torch.cat([part.flatten(0, -2) for part in given]).double()
+    assert len(x) == 22
+    torch.testing.assert_close(norm.value().double(), x.square().sum(0).sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(hessian.value().double(), 2 / 22 * x.T @ x, rtol=1e-5, atol=1e-5)
+    for value, shape in ((norm.value(), (12,)), (hessian.value(), (12, 12))):
+        assert value.dtype == torch.float32
+        assert value.shape == shape
+
+
+def test_hooks_are_removed_even_after_an_error(device: str) -> None:
+    linears = {"a": nn.Linear(4, 4).to(device), "b": nn.Linear(4, 4).to(device)}
+    norms = {name: InputNorm(linear) for name, linear in linears.items()}
+    x = torch.ones(1, 4, device=device)
+    with observe(linears, norms):
+        linears["a"](x)
+    with pytest.raises(ZeroDivisionError), observe(linears, norms):
+        raise ZeroDivisionError
+    linears["a"](x)
+    linears["b"](x)
+    assert norms["a"].value().tolist() == [1.0] * 4
+    assert norms["b"].value().tolist() == [0.0] * 4
+    assert not any(linear._forward_pre_hooks for linear in linears.values())
+
+
+def test_nothing_seen_is_zero() -> None:
+    """An expert that no token reaches: no division by zero."""
+    linear = nn.Linear(4, 4)
+    assert not InputNorm(linear).value().any()
+    assert not Hessian(linear).value().any()
+
+
+def test_no_graph_is_kept() -> None:
+    linear = nn.Linear(4, 4)
+    hessian = Hessian(linear)
+    x = torch.ones(2, 4, requires_grad=True)
+    with observe({"x": linear}, {"x": hessian}):
+        linear(x)
+    assert not hessian.value().requires_grad
