@@ -81,4 +81,3 @@ def test_every_command_has_help(command: str) -> None:
 def test_usage_errors() -> None:
     assert CliRunner().invoke(main, ["no-such-command"]).exit_code == 2
     assert CliRunner().invoke(main, ["--nope"]).exit_code == 2
-    assert CliRunner().invoke(main, ["--version"]).exit_code == 0

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -19,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from proxsparse_triton.cli import main
 from proxsparse_triton.commands import eval as module
 from proxsparse_triton.formats.manifest import write_manifest
+
+datasets = pytest.importorskip("datasets")
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"

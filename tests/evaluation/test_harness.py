@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import lm_eval.tasks
 import pytest
 import torch
 import yaml
@@ -22,6 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxsparse_triton.errors import BackendError, ConfigError, DataError, ModelError, ResourceError
 from proxsparse_triton.evaluation.harness import PAPER_TASKS, TaskResults, TaskScore, TaskSuite, load_tasks, percent, recovery, run_tasks
+
+# Without the extras there is nothing to test here.
+datasets = pytest.importorskip("datasets")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
@@ -108,16 +110,16 @@ def results(*scores: TaskScore) -> TaskResults:
     return TaskResults(scores, num_fewshot=0, limit=None)
 
 
-class Small(lm_eval.tasks.TaskManager):
+class Small(lm_eval_tasks.TaskManager):
     """lm-eval with the folders of the paper's tasks only: its whole index takes ten seconds to build."""
 
     def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
-        root = Path(lm_eval.tasks.__file__).parent
+        root = Path(lm_eval_tasks.__file__).parent
         folders = [root / name for name in ("arc", "siqa", "hellaswag", "openbookqa", "piqa", "truthfulqa")]
         super().__init__(include_path=folders if include_defaults else include_path, include_defaults=False)
 
 
-class Local(lm_eval.tasks.TaskManager):
+class Local(lm_eval_tasks.TaskManager):
     """Only the folders asked for, to keep the test short."""
 
     def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
@@ -178,7 +180,7 @@ def test_leaves_stdout_tokenizer_and_training_mode_alone(
 
 @pytest.mark.parametrize("aggregated", [False, True])
 def test_group_of_local_tasks(model: Any, tokenizer: Any, tmp_path: Path, aggregated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Local)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", Local)
     for name in ("first", "second"):
         write_task(tmp_path, name)
     group = {"group": "both", "task": ["first", "second"]}
@@ -191,7 +193,7 @@ def test_group_of_local_tasks(model: Any, tokenizer: Any, tmp_path: Path, aggreg
 
 
 def test_group_that_lm_eval_does_not_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Local)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", Local)
     (tmp_path / "both.yml").write_text("group: both\ntask: [first]\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"both.yml: expected a group in a file ending in .yaml, got 'both'"):
         load_tasks([str(tmp_path / "both.yml")])
@@ -203,7 +205,7 @@ def test_paper_tasks_are_known_to_lm_eval() -> None:
 
 
 def test_paper_expands_to_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", Small)
     with pytest.raises(DataError, match=f"task {PAPER_TASKS[0]}: expected its data set, got Couldn't reach .* network") as caught:
         load_tasks(["paper"])
     assert "\n" not in str(caught.value)
@@ -214,7 +216,7 @@ def test_paper_expands_to_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     [("arc_eazy", "Did you mean arc_easy"), ("zzzzzz", "`lm-eval ls tasks` lists them"), ("tests/data", "task file ends in .yaml")],
 )
 def test_unknown_task_name(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", Small)
     with pytest.raises(ConfigError, match=f"expected a task known to lm-eval, got '{name}'. .*{hint}"):
         load_tasks([name])
 
@@ -231,7 +233,7 @@ def test_lm_eval_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lm_eval_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", object)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", object)
     with pytest.raises(BackendError, match=r"expected lm-eval 0.4.12 or newer, got .* --upgrade"):
         load_tasks([TASK])
 
