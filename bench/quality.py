@@ -35,8 +35,9 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 @click.option("--eval-windows", type=int, required=True)
 @click.option("--seed", type=int, default=0)
 @click.option("--only", multiple=True, help="Cases whose name contains this.")
+@click.option("--commit", help="Recorded with the figures. [default: git's HEAD]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-def main(model: str, output: Path, only: tuple[str, ...], **protocol: object) -> None:
+def main(model: str, output: Path, only: tuple[str, ...], commit: str | None, **protocol: object) -> None:
     """Run all cases and write one CSV row each."""
     import torch
 
@@ -45,7 +46,8 @@ def main(model: str, output: Path, only: tuple[str, ...], **protocol: object) ->
     from proxsparse_triton.formats.manifest import versions
     from proxsparse_triton.pipeline import RunConfig
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    if commit is None:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     fixed = {"model": Path(model).name, "device": device, "commit": commit or "unknown", "date": str(datetime.date.today()), **versions()}
     rows: list[dict[str, object]] = []
