@@ -103,3 +103,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit: -0.0 differs from +0.0, a NaN equals itself."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer).cpu(), b.contiguous().view(integer).cpu())
+
+
+LOW = (torch.bfloat16, torch.float16)  # storage types below fp32
+
+
+def weights(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Heavy-tailed, with exact ties and zeros: all three kinds of solutions at lambda 0.3 to 3."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    z = torch.where(torch.rand(shape, generator=generator) < 0.2, z.round(), z)
+    return z.clamp(-100, 100)

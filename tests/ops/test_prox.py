@@ -1,8 +1,8 @@
-"""`prox_24`: the kernel against the oracle and the reference, then properties, edges, errors, compilation, and the card."""
+"""`prox_24`: the kernel against the oracle and the reference, then edges, errors and compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,38 +10,27 @@ from adversarial import (
     BACKENDS,
     HAVE_TRITON,
     LAMBDAS,
+    LOW,
     WORSE,
     all_blocks,
     assert_same_solution,
     needs_triton,
     same_bits,
     solution_gaps,
+    weights,
     worse_than_oracle,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from proxsparse_triton.errors import BackendError, ConfigError, ShapeError
 from proxsparse_triton.ops import prox_24
-from proxsparse_triton.reference.block import objective, regulariser
 from proxsparse_triton.reference.prox import prox_24 as reference
-from proxsparse_triton.reference.prox import prox_24_exhaustive
 from proxsparse_triton.sparsity import count_negative_zeros, is_24
 
 NAN, INF = float("nan"), float("inf")
-LOW = (torch.bfloat16, torch.float16)
 SHAPES = [(4,), (1, 4), (3, 4), (63, 500), (7, 12), (2, 3, 8), (3, 5, 2, 4), (0, 8), (5, 0), (2, 0, 4)]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
-
-
-def weights(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Heavy-tailed, with exact ties and zeros: all three kinds of solutions at lambda 0.3 to 3."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
-    z = torch.where(torch.rand(shape, generator=generator) < 0.2, z.round(), z)
-    return z.clamp(-100, 100)
 
 
 def column_scales(width: int) -> Tensor:
@@ -157,94 +146,6 @@ def test_fp64_stays_fp64(device: str) -> None:
     w = prox_24(z, 0.7)
     assert w.dtype == torch.float64
     torch.testing.assert_close(w.cpu(), reference(all_blocks()[:2000], 0.7), rtol=1e-12, atol=1e-14)
-
-
-# --- properties -----------------------------------------------------------------------------------------------------------------
-
-magnitudes = st.one_of(st.just(0.0), st.sampled_from([0.25, 1.0, 1.5]), st.floats(2.0**-20, 2.0**14, width=32))
-numbers = st.builds(lambda size, negative: -size if negative else size, magnitudes, st.booleans())
-blocks = st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=24).map(torch.tensor)
-lambdas = st.one_of(st.sampled_from([0.3, 0.5, 1.0, 3.0]), st.floats(2.0**-10, 2.0**10, width=32))
-powers = st.integers(-8, 8).map(lambda k: 2.0**k)
-
-
-def prop(test: Callable[..., None]) -> Callable[..., None]:
-    """On both backends; few examples of many blocks, since an interpreted launch takes a tenth of a second however small."""
-    return pytest.mark.parametrize("backend", BACKENDS)(settings(deadline=None, max_examples=12)(test))
-
-
-@prop
-@given(z=st.lists(st.floats(width=32), min_size=8, max_size=8).map(torch.tensor))
-def test_zero_strength_is_the_identity_bit_for_bit(device: str, backend: str, z: Tensor) -> None:
-    for dtype in (torch.float32, *LOW):
-        assert same_bits(prox_24(z.to(dtype).to(device), 0, backend=backend), z.to(dtype))
-
-
-@prop
-@given(z=blocks, lam=lambdas, dropped=st.permutations(range(4)))
-def test_two_kept_blocks_are_fixed_points_bit_for_bit(device: str, backend: str, z: Tensor, lam: float, dropped: list[int]) -> None:
-    z[:, dropped[:2]] = 0
-    scale = torch.tensor([0.3, 3, 1, 0.7], device=device)
-    expected = torch.where(z == 0, 0.0, z)  # -0.0 becomes +0.0
-    assert same_bits(prox_24(z.to(device), lam, backend=backend), expected)
-    assert same_bits(prox_24(z.to(device), lam, column_scale=scale, backend=backend), expected)
-
-
-@prop
-@given(z=blocks, lam=lambdas)
-def test_signs_sizes_and_order(device: str, backend: str, z: Tensor, lam: float) -> None:
-    """Signs are kept, nothing grows, larger weights stay larger, at least the two largest survive, no -0.0."""
-    w = prox_24(z.to(device), lam, backend=backend).cpu()
-    assert ((w == 0) | (w.sign() == z.sign())).all()
-    assert (w.abs() <= z.abs()).all()
-    assert count_negative_zeros(w) == 0
-    order = z.abs().sort(dim=-1, descending=True, stable=True).indices
-    ranked = w.abs().gather(-1, order)
-    assert (ranked.diff() <= 1e-6 * z.abs().amax(-1, keepdim=True)).all()
-    assert torch.equal(ranked[:, :2] > 0, z.abs().gather(-1, order)[:, :2] > 0)
-
-
-@prop
-@given(z=blocks, lam=lambdas, order=st.permutations(range(4)), signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4))
-def test_signs_and_permutations_commute(device: str, backend: str, z: Tensor, lam: float, order: list[int], signs: list[float]) -> None:
-    w = prox_24(z.to(device), lam, backend=backend).cpu()
-    s = torch.tensor(signs)
-    assert torch.equal(prox_24((s * z).to(device), lam, backend=backend).cpu(), s * w)
-    permuted = prox_24(z[:, order].to(device), lam, backend=backend).cpu()
-    # At a tie it is the position, not the value, that decides who is dropped.
-    assert same_bits(permuted.abs().sort(-1).values, w.abs().sort(-1).values)
-    distinct = (z.abs().sort(-1).values.diff() > 0).all(-1)
-    assert torch.equal(permuted[distinct], w[distinct][:, order])
-
-
-@prop
-@given(z=blocks, lam=lambdas, s=powers)
-def test_scale_law(device: str, backend: str, z: Tensor, lam: float, s: float) -> None:
-    """prox_lam(s z) = s prox_(lam s)(z), exactly for powers of two; hence a uniform column scale c acts as lam c."""
-    expected = prox_24(z.to(device), lam * s, backend=backend).cpu()
-    assert same_bits(prox_24((s * z).to(device), lam, backend=backend), s * expected)
-    assert same_bits(prox_24(z.to(device), lam, column_scale=torch.full((4,), s, device=device), backend=backend), expected)
-
-
-@prop
-@given(z=blocks, lam=lambdas, c=st.lists(st.floats(0.125, 8, width=32), min_size=4, max_size=4).map(torch.tensor))
-def test_never_worse_than_the_oracle(device: str, backend: str, z: Tensor, lam: float, c: Tensor) -> None:
-    for scale in (None, c):
-        w = prox_24(z.to(device), lam, column_scale=None if scale is None else scale.to(device), backend=backend).cpu()
-        metric = 1.0 if scale is None else scale.double()
-        u = z.double() * metric
-        best = objective(prox_24_exhaustive(u, lam, sweeps=12), u, lam)
-        assert (objective(w.double() * metric, u, lam) - best <= WORSE * 0.5 * u.square().sum(-1)).all()
-
-
-@prop
-@given(z=blocks, lam=lambdas, more=st.floats(1.0, 4.0))
-def test_a_larger_strength_regularises_more(device: str, backend: str, z: Tensor, lam: float, more: float) -> None:
-    """R(prox_lam(z)) falls with lam, for any R; the number of kept weights need not."""
-    weak, strong = (regulariser(prox_24(z.to(device), x, backend=backend).cpu().double()) for x in (lam, lam * more))
-    # Adding the two optimality conditions, each within WORSE, bounds the slack.
-    slack = WORSE * z.double().square().sum(-1) / max(lam * (more - 1), 1e-30)
-    assert (strong <= weak + slack).all()
 
 
 # --- edges ----------------------------------------------------------------------------------------------------------------------
@@ -435,76 +336,3 @@ def test_compiles_into_one_graph(device: str) -> None:
         assert same_bits(w, prox_24(z, lam))
         assert same_bits(out, prox_24(w + 1, lam, column_scale=scale))
         assert same_bits(result, 2 * prox_24(w - 1, lam))
-
-
-# --- on the card ----------------------------------------------------------------------------------------------------------------
-
-LLAMA_2_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", LLAMA_2_7B)
-def test_llama_shapes(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """lambda * scale from the paper's 0.005 to where all three kinds of solutions compete."""
-    torch.manual_seed(0)
-    z = (0.02 * torch.randn(shape, device="cuda")).to(dtype)
-    for lam in (0.25, 40.0):
-        w, expected = prox_24(z, lam), prox_24(z, lam, backend="reference")
-        if dtype == torch.float32:
-            for rows in range(0, shape[0], 1024):
-                part = slice(rows, rows + 1024)
-                gaps = solution_gaps_on_card(w[part], expected[part], z[part], lam)
-                assert gaps.max() <= WORSE
-        else:
-            assert (w == expected).float().mean() > 0.999
-            solved = prox_24(z.float(), lam)
-            assert same_bits(w, solved.to(dtype))
-            assert solution_gaps_on_card(solved, prox_24(z.float(), lam, backend="reference"), z, lam).max() <= WORSE
-
-
-def solution_gaps_on_card(actual: Tensor, expected: Tensor, z: Tensor, lam: float) -> Tensor:
-    u, a, e = (x.double().unflatten(-1, (-1, 4)) for x in (z, actual, expected))
-    return (objective(a, u, lam) - objective(e, u, lam)).abs() / (0.5 * u.square().sum(-1))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deterministic_and_without_extra_memory_in_place(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    z = (0.02 * torch.randn(4096, 11008, device="cuda")).to(dtype)
-    scale = torch.rand(11008, device="cuda") + 0.5
-    first = prox_24(z, 1.0, column_scale=scale)
-    w = z.clone()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    prox_24(w, 1.0, column_scale=scale, out=w)
-    torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() == before
-    assert same_bits(w, first)
-
-
-@pytest.mark.gpu
-def test_more_than_two_to_the_31_elements() -> None:
-    n = 2**31 + 8
-    if torch.cuda.mem_get_info()[0] < 3 * 2 * n:
-        pytest.skip("needs 13 GB of free GPU memory")
-    pattern = weights((8,)).bfloat16().cuda()
-    expected = prox_24(pattern, 0.5)
-    assert not torch.equal(expected, pattern)
-    z = torch.empty(n, dtype=torch.bfloat16, device="cuda")
-    z.view(-1, 8).copy_(pattern.expand(n // 8, 8))
-    prox_24(z, 0.5, out=z)
-    assert torch.equal(z[:8], expected)
-    assert torch.equal(z[2**31 - 8 :].view(-1, 8), expected.expand(2, 8))
-    for part in z.view(-1, 8).split(2**25):
-        assert (part == expected).all()
-
-
-@pytest.mark.gpu
-def test_inductor_on_the_card() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda w, lam: prox_24(w * 2, lam) + 1, fullgraph=True)
-    z = weights((64, 512)).cuda()
-    assert same_bits(compiled(z, 0.5), prox_24(z * 2, 0.5) + 1)
