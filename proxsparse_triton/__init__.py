@@ -14,6 +14,9 @@ _PUBLIC = {
     "frozen_penalty": "ops.frozen_penalty",
     "accumulate_frozen_penalty": "ops.frozen_penalty",
     "mask_24": "ops.mask",
+    "prox_adamw_": "ops.prox_adamw",
+    "ProxAdamW": "optim.prox_adamw",
+    "attach_prox": "optim.attach",
     "load_masks": "formats.masks",
     "apply_masks": "formats.masks",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class RunConfig:
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     overwrite: bool = False
+    gpu_memory: float | None = None  # GB that learning keeps within, by activation checkpointing; None: all of the GPU
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -65,6 +67,8 @@ class RunConfig:
                 raise ConfigError(f"prune: expected --{option} of at least {least}, got {value}. Choose another value.")
         if self.seqlen is not None and self.seqlen < 2:
             raise ConfigError(f"prune: expected --seqlen of at least 2, got {self.seqlen}. Choose another value.")
+        if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
+            raise ConfigError(f"prune: expected --gpu-memory above 0, got {self.gpu_memory}. Give the GPU's size in GB.")
         if self.dtype not in ("float32", "bfloat16"):  # fp16 gradients underflow without loss scaling
             raise ConfigError(f"prune: expected --dtype float32 or bfloat16, got {self.dtype!r}. Choose one of these.")
 
@@ -72,6 +76,11 @@ class RunConfig:
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes to keep within, where that was asked for."""
+        return None if self.gpu_memory is None else round(self.gpu_memory * 1e9)
 
     @property
     def place(self) -> str:
@@ -216,7 +225,7 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
     with output_folder(config.output, overwrite=config.overwrite, keep_on_error=[METRICS], needed=size) as out:
         with _metrics(out / METRICS) as record, explain_out_of_memory("prune", f"{config.method} on {config.place}", _ADVICE):
             windows = () if inputs.calibration is None else inputs.calibration.tokens
-            task = PruneTask(take_model(), inputs.plan, windows, seed=config.seed, progress=progress, record=record)
+            task = PruneTask(take_model(), inputs.plan, windows, config.seed, config.memory, progress, record)
             reset_peak_memory(config.place)
             start = time.perf_counter()
             result = method.prune(task)

@@ -18,17 +18,24 @@ PACKAGE = ROOT / "proxsparse_triton"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
 
 FLOORS = {
-    **dict.fromkeys(("errors", "progress", "sparsity"), 0),
+    **dict.fromkeys(("errors", "progress", "sparsity", "step"), 0),
     **dict.fromkeys(("kernels", "reference"), 1),
     "ops": 2,
     **dict.fromkeys(("optim", "calibration", "models"), 3),
-    **dict.fromkeys(("training", "inference", "formats", "evaluation", "benchmarks", "report"), 4),
+    **dict.fromkeys(("training", "inference", "formats", "evaluation", "report"), 4),
     "methods": 5,
-    **dict.fromkeys(("pipeline", "comparison"), 6),
+    **dict.fromkeys(("pipeline", "comparison", "planning", "benchmarks"), 6),
     **dict.fromkeys(("cli", "commands"), 7),
 }
 # The arrows between two parts of one floor; every other import stays in its part or goes down.
-ARROWS = {("sparsity", "errors"), ("comparison", "pipeline"), ("cli", "commands")}
+ARROWS = {
+    ("sparsity", "errors"),
+    ("step", "errors"),
+    ("comparison", "pipeline"),
+    ("planning", "pipeline"),
+    ("benchmarks", "planning"),
+    ("cli", "commands"),
+}
 # Imported inside functions only: they cost seconds, or are not installed everywhere.
 HEAVY = {"transformers", "datasets", "lm_eval", "pyarrow", "huggingface_hub", "tokenizers", "matplotlib", "triton"}
 MAX_FILE, MAX_FUNCTION = 400, 60
@@ -164,7 +171,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 def test_one_stem_per_operation() -> None:
     """kernels, reference, ops and their tests call an operation by the same word; the helpers beside it are named here."""
-    helpers = {"ops": {"dispatch"}, "reference": {"block"}, "kernels": {"block", "launch"}}
+    helpers = {"ops": {"dispatch"}, "reference": {"block", "storage"}, "kernels": {"block", "launch"}}
     stems = {folder: {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} - extra for folder, extra in helpers.items()}
     assert stems["kernels"] == stems["reference"] == stems["ops"]
     assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")} >= stems["ops"]

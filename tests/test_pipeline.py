@@ -379,6 +379,15 @@ def test_settings_are_checked_before_anything_is_read(tmp_path: Path, monkeypatc
         prune(config(tmp_path / "run", "stdlib", method="wnada"))
 
 
+def test_gpu_memory_decides_about_checkpointing(finished: Finished, text: str, tmp_path: Path) -> None:
+    """A limit that a step only keeps with it; the masks are the same."""
+    assert finished.record.summary["checkpointing"] is False
+    record = prune(config(tmp_path / "run", text, settings=LEARN, gpu_memory=0.001))
+    assert record.summary["checkpointing"] is True
+    assert (record.folder / "masks.safetensors").read_bytes() == (finished.folder / "masks.safetensors").read_bytes()
+    assert json.loads((record.folder / "manifest.json").read_text())["config"]["gpu_memory"] == 0.001
+
+
 def test_text_is_read_before_the_weights(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "load_model", lambda *args, **kwargs: pytest.fail("the weights were loaded"))
     with pytest.raises(DataError, match="Lower --samples or --seqlen"):

@@ -21,10 +21,29 @@ METHOD_OPTIONS = (
     click.option("--lr", type=float, help="proxsparse: peak learning rate. Default: from weight scale and steps."),
     click.option("--batch-size", type=int, help="proxsparse: windows per step. Default: 1."),
     click.option("--epochs", type=int, help="proxsparse: passes over the windows. Default: 1."),
+    click.option("--weight-bits", type=int, help="proxsparse: 16, 24 or 32 bits kept of bf16 weights. Default: by model size."),
+    click.option(
+        "--moments",
+        type=click.Choice(["float32", "bfloat16", "int8"]),
+        help="proxsparse: storage of AdamW's moments of the pruned weights. Default: by model size.",
+    ),
+    click.option(
+        "--clip-mode",
+        type=click.Choice(["total", "loss", "none"]),
+        help="proxsparse: clip the total gradient, the loss gradient, or none, which frees gradients early. Default: total.",
+    ),
+    click.option(
+        "--checkpointing/--no-checkpointing",
+        default=None,
+        help="proxsparse: recompute activations in the backward pass. Default: where a step does not fit otherwise.",
+    ),
     click.option("--dampening", type=float, help="sparsegpt: share of the mean Hessian diagonal added to it. Default: 0.01."),
     click.option("--mask-only", is_flag=True, default=None, help="sparsegpt: its mask on the original weights, none updated."),
 )
-METHOD_FIELDS = ("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "dampening", "mask_only")
+METHOD_FIELDS = (
+    *("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "weight_bits", "moments", "clip_mode", "checkpointing"),
+    *("dampening", "mask_only"),
+)
 
 RUN_OPTIONS = (
     click.option("-o", "--output", required=True, metavar="RUN", help="Folder to write; must not exist, or be empty."),

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import column, join, round_to, shrinkage
+from .block import load_blocks, prox_tile, round_to, unpack_blocks
 from .launch import Launch, interpreted
 
 MIN_SCALE = tl.constexpr(1e-20)
@@ -14,37 +14,42 @@ MIN_SCALE = tl.constexpr(1e-20)
 @triton.jit
 def _prox_24_kernel(
     z_ptr, scale_ptr, out_ptr, lam, n_blocks, row_blocks,
-    HAS_SCALE: tl.constexpr, TILE_BLOCKS: tl.constexpr, EXPLICIT: tl.constexpr,
+    HAS_SCALE: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILES: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
-    """w = sgn(z) max(|z| - shrinkage(|z| c) / c, 0), +0.0 where dropped.
+    """w = argmin 1/2 ||w - z||^2 + lam R(w), each block by `prox_tile`.
 
-    One program owns TILE_BLOCKS consecutive blocks. Reads and writes each weight once: 4 bytes per bf16 weight, 8 per fp32
-    (plus the scale, which stays in the cache). Safe in place: a thread writes only what it has read.
+    One program owns TILES consecutive tiles of TILE_BLOCKS blocks and loads three tiles ahead. Reads and
+    writes each weight once: 4 bytes per bf16 weight, 8 per fp32 (plus the scale, which stays in the cache). Safe in place: a thread
+    writes only what it has read.
     """
     lam = tl.cast(lam, tl.float32)
-    block = tl.program_id(0).to(tl.int64) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-    inside = (block < n_blocks)[:, None]
-    offset = block[:, None] * 4 + tl.arange(0, 4)[None, :]
-    z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    magnitude = tl.abs(z)
-    if HAS_SCALE:
-        scale_offset = (block % row_blocks)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        scale = tl.maximum(tl.load(scale_ptr + scale_offset, mask=inside, other=1.0).to(tl.float32), MIN_SCALE)
-        v = magnitude * scale
-    else:
-        v = magnitude
-    a, b, c, d = shrinkage(column(v, 0), column(v, 1), column(v, 2), column(v, 3), lam)
-    shrink = join(a, b, c, d)
-    if HAS_SCALE:
-        shrink = shrink / scale
-    w = tl.where(shrink < magnitude, magnitude - shrink, 0.0)
-    # Rounded before it gets its sign: a weight that underflows in fp16 is +0.0 too.
-    w = round_to(w, out_ptr.dtype.element_ty, EXPLICIT).to(tl.float32)
-    w = tl.where((z < 0) & (w > 0), -w, w)
-    # A sum, not a maximum: maxima drop NaNs. An infinity stays one, since all magnitudes are positive.
-    total = tl.sum(magnitude, axis=1)[:, None]
-    w = tl.where(total == total, w, float("nan"))
-    tl.store(out_ptr + offset, w.to(out_ptr.dtype.element_ty), mask=inside)
+    lane = tl.arange(0, 4)[None, :]
+    # 64-bit arithmetic once a program; within it offsets are small.
+    first = tl.program_id(0).to(tl.int64) * (TILE_BLOCKS * TILES)
+    z_ptr += first * 4
+    out_ptr += first * 4
+    left = tl.minimum(n_blocks - first, TILE_BLOCKS * TILES).to(tl.int32)
+    first_column = (first % row_blocks).to(tl.int32)
+    block = tl.arange(0, TILE_BLOCKS)
+    # Three tiles in flight beside the one being solved: what one warp loads for one tile does not cover the latency of memory.
+    next1 = load_blocks(z_ptr, block, left)
+    next2 = load_blocks(z_ptr, block + TILE_BLOCKS, left)
+    next3 = load_blocks(z_ptr, block + 2 * TILE_BLOCKS, left)
+    for _ in range(TILES):
+        z = unpack_blocks(next1)
+        next1 = next2
+        next2 = next3
+        next3 = load_blocks(z_ptr, block + 3 * TILE_BLOCKS, left)
+        inside = (block < left)[:, None]
+        scale = z
+        if HAS_SCALE:
+            scale_offset = ((first_column + block) % row_blocks)[:, None] * 4 + lane
+            scale = tl.maximum(tl.load(scale_ptr + scale_offset, mask=inside, other=1.0).to(tl.float32), MIN_SCALE)
+        w = round_to(prox_tile(z, scale, lam, HAS_SCALE, EXPLICIT), out_ptr.dtype.element_ty, EXPLICIT)
+        if out_ptr.dtype.element_ty == tl.float16:
+            w += 0.0  # a negative weight that underflows is +0.0 too
+        tl.store(out_ptr + block[:, None] * 4 + lane, w, mask=inside)
+        block += TILE_BLOCKS
 
 
 def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, launch: Launch) -> None:
@@ -53,7 +58,7 @@ def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, lau
     if n_blocks == 0:
         return
     with torch.cuda.device_of(z):
-        _prox_24_kernel[(triton.cdiv(n_blocks, launch.tile_blocks),)](
+        _prox_24_kernel[(triton.cdiv(n_blocks, launch.tile_blocks * launch.tiles),)](
             z,
             z if column_scale is None else column_scale,
             out,
@@ -62,6 +67,7 @@ def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, lau
             z.shape[-1] // 4,
             HAS_SCALE=column_scale is not None,
             TILE_BLOCKS=launch.tile_blocks,
+            TILES=launch.tiles,
             EXPLICIT=interpreted(_prox_24_kernel),
             num_warps=launch.num_warps,
         )

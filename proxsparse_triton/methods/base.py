@@ -28,6 +28,7 @@ class PruneTask:
     plan: LayerPlan
     windows: tuple[Tensor, ...]  # calibration token windows, int64 [tokens], on the CPU
     seed: int = 42
+    memory: int | None = None  # bytes to keep within; None: all of the GPU, no limit on the CPU
     progress: Progress = SILENT
     record: Callable[[Mapping[str, object]], None] = field(default=lambda row: None)  # one row of metrics.jsonl
 

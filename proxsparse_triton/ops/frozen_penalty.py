@@ -97,3 +97,26 @@ def accumulate_frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: flo
     with torch.no_grad():
         backend = choose_backend("accumulate_frozen_penalty", w, backend)
         return _evaluate(w.detach(), w0.detach(), float(lam), float(frozen_eps), grad, True, backend)
+
+
+def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor, *, backend: str | None = None) -> Tensor:
+    """Squared norm of a loss gradient plus the penalty's gradient, in one read: what clipping the total gradient needs.
+
+    sum (grad + 2 lam r a (2w - w0))^2;  without `w0`: sum grad^2
+
+    Args: as `accumulate_frozen_penalty`; `grad` is only read.
+    Returns: scalar, fp32 (fp64 for fp64), without a graph.
+    Raises: as `accumulate_frozen_penalty`.
+    """
+    function = "gradient_square"
+    _check(function, w, w if w0 is None else w0, lam, frozen_eps)
+    check_floating(function, "grad", grad)
+    check_like(function, "grad", grad, w.shape, w.device)
+    with torch.no_grad():
+        w, w0 = w.detach(), None if w0 is None else w0.detach()
+        if choose_backend(function, w, backend) == "reference":
+            return reference.gradient_square(w, w0, float(lam), float(frozen_eps), grad)
+        from ..kernels import frozen_penalty as kernel
+
+        w0 = None if w0 is None else w0.contiguous()
+        return kernel.gradient_square(w.contiguous(), w0, float(lam), float(frozen_eps), grad.contiguous())

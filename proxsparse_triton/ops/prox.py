@@ -21,7 +21,7 @@ def _compute(z: Tensor, lam: float, column_scale: Tensor | None, backend: str, o
     scale = None if column_scale is None else column_scale.float().contiguous()
     # A kernel reads and writes flat memory; views of another layout go through a copy.
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    prox.prox_24(z.contiguous(), lam, scale, target, launch.blockwise(not z.is_cuda))
+    prox.prox_24(z.contiguous(), lam, scale, target, launch.prox(not z.is_cuda))
     if target is not out:
         out.copy_(target)
 

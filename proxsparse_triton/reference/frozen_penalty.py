@@ -32,3 +32,12 @@ def accumulate_frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: flo
     r, a, slope = residual(w, w0, frozen_eps)
     grad.copy_(grad.to(r.dtype) + 2 * lam * r * a * slope)
     return lam * r.square().sum()
+
+
+def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor) -> Tensor:
+    """sum (grad + 2 lam r a (2w - w0))^2, added up in fp64; without w0: sum grad^2."""
+    total = grad.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
+    if w0 is not None:
+        r, a, slope = residual(w, w0, frozen_eps)
+        total = total + 2 * lam * r * a * slope
+    return total.square().sum(dtype=torch.float64).to(total.dtype)

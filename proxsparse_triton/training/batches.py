@@ -1,4 +1,4 @@
-"""Token windows -> batches, and the cross-entropy of a batch."""
+"""Token windows -> batches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-IGNORED = -100
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,3 @@ def batches(windows: Sequence[Tensor], batch_size: int) -> Iterator[Batch]:
         tokens = torch.stack([F.pad(window, (0, longest - len(window))) for window in part])
         mask = torch.stack([torch.arange(longest) < len(window) for window in part])
         yield Batch(tokens, mask)
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the next token over all real positions, fp32 scalar."""
-    arguments = {} if batch.mask is None else {"attention_mask": batch.mask.long()}
-    logits = model(input_ids=batch.tokens, use_cache=False, **arguments).logits
-    targets = batch.tokens[:, 1:]
-    if batch.mask is not None:
-        targets = targets.masked_fill(~batch.mask[:, 1:], IGNORED)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)

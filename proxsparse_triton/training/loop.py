@@ -1,6 +1,6 @@
-"""The step loop: loss, backward, regulariser, clip, optimiser step, prox; one host sync a step.
+"""The step loop: loss, backward, one fused optimiser step; one host sync a step.
 
-A regulariser is anything with the two calls of `Regulariser`; ProxSparse's stands in methods/proxsparse.py.
+The optimiser is the regulariser: `ProxAdamW` adds the penalty's gradient, clips, updates and applies the prox in one pass over the weights.
 """
 
 from __future__ import annotations
@@ -9,50 +9,38 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LearningError
+from ..optim.prox_adamw import ProxAdamW
 from ..optim.schedules import warmup_linear
 from ..progress import SILENT, Progress
-from .batches import batches, cross_entropy
+from .batches import Batch, batches
+from .loss import NextTokenLoss
+from .memory import checkpointing
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The paper's recipe: AdamW, linear warm-up then linear decay, one pass over the windows, gradients clipped by norm."""
+    """The paper's recipe: linear warm-up then linear decay of the learning rate, one pass over the windows."""
 
-    lr: float
+    lr: float  # the peak; of every group of the optimiser
     warmup: float = 0.1
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
     batch_size: int = 1
     epochs: int = 1
+    checkpointing: bool = False  # of activations: a third more arithmetic, the activations of one decoder block instead of all
+    release_gradients: bool = False  # each weight is stepped inside the backward pass; needs an optimiser without max_norm
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip", "adam_eps"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"learning: expected a finite {name} > 0, got {value}. Choose another value.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"learning: expected a finite lr > 0, got {self.lr}. Choose another value.")
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"learning: expected {name} >= 1, got {getattr(self, name)}. Choose another value.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"learning: expected 0 <= warmup < 1, got {self.warmup}. The paper uses 0.1.")
-
-
-class Regulariser(Protocol):
-    def add_gradient(self) -> Tensor | None:
-        """Called after backward: adds its gradient to `.grad`, returns its value (scalar on the device) or None."""
-
-    def after_step(self) -> None:
-        """Called after each optimiser step: changes the weights in place."""
-
-    def shares(self) -> Mapping[str, Tensor]:
-        """Named scalars on the device to record after the step: the share of 2:4 blocks of each layer, and "all" for the whole."""
 
 
 def steps_of(windows: int, config: LoopConfig) -> int:
@@ -63,60 +51,65 @@ def steps_of(windows: int, config: LoopConfig) -> int:
 def learn(
     model: nn.Module,
     windows: Sequence[Tensor],
-    regulariser: Regulariser,
+    optimizer: ProxAdamW,
     config: LoopConfig,
     *,
     seed: int = 42,
     progress: Progress = SILENT,
     record: Callable[[Mapping[str, object]], None] = lambda row: None,
 ) -> None:
-    """Trains `model` in place on `windows` (CPU token windows), all parameters, `record`ing one row a step.
+    """Trains `model` in place on `windows` (CPU token windows), the parameters of `optimizer`, `record`ing one row a step.
 
-    Raises: LearningError: the loss or a gradient is not finite; the optimiser has not seen it, and the message names step and
-    parameter.
+    Raises: LearningError: the loss or a gradient is not finite; no block of weights has taken a step with such a gradient (with max_norm:
+        no weight has taken it), and the message names step and parameter. ConfigError: no activation checkpointing in this model.
     """
     device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=0.0, fused=device.type in ("cpu", "cuda")
-    )
     steps = steps_of(len(windows), config)
+    loss_of = NextTokenLoss(model, windows[0].to(device))
     torch.manual_seed(seed)
     model.train()
-    with _fast_matmul(device), progress.task("learning the mask", total=steps) as bar:
+    with (
+        _fast_matmul(device),
+        checkpointing(model, config.checkpointing),
+        _gradient_release(optimizer, config.release_gradients),
+        progress.task("learning the mask", total=steps) as bar,
+    ):
         for step, batch in enumerate(_epochs(windows, config, seed)):
             lr = config.lr * warmup_linear(step, steps, config.warmup)
-            optimizer.param_groups[0]["lr"] = lr
-            loss = cross_entropy(model, batch.to(device))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = loss_of(batch.to(device))
             loss.backward()
-            penalty = regulariser.add_gradient()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            zero = torch.zeros((), device=device)
-            values = torch.stack([loss.detach().float(), zero if penalty is None else penalty.float(), norm.float()]).tolist()
-            _check_finite(step, steps, values, model)
-            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+            if not config.release_gradients:
+                _complete_gradients(optimizer)
             optimizer.step()
+            values, layers = _figures(loss, optimizer)
+            _check_finite(step, steps, values, model, optimizer)
             optimizer.zero_grad(set_to_none=True)
-            regulariser.after_step()
-            shares = regulariser.shares()
-            figures = dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
-            whole = figures.pop("all")
-            record(
-                {
-                    "step": step + 1,
-                    "loss": values[0],
-                    "penalty": values[1],
-                    "grad_norm": values[2],
-                    "lr": lr,
-                    "share_24": whole,
-                    "layers": figures,
-                }
-            )
-            bar.advance(loss=f"{values[0]:.3f}", sparse=f"{100 * whole:.1f}%")
+            record({"step": step + 1, "loss": values["loss"], "penalty": values["penalty"], "grad_norm": values["grad_norm"], "lr": lr,
+                    "share_24": values["share_24"], "layers": layers})  # fmt: skip
+            bar.advance(loss=f"{values['loss']:.3f}", sparse=f"{100 * values['share_24']:.1f}%")
     model.eval()
 
 
-def _epochs(windows: Sequence[Tensor], config: LoopConfig, seed: int) -> Iterator:  # type: ignore[type-arg]
+def _figures(loss: Tensor, optimizer: ProxAdamW) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures of the step, and the share of 2:4 blocks of each layer after it: the step's only wait for the device."""
+    figures = optimizer.figures()
+    names = ("loss", "penalty", "grad_norm", "share_24")
+    scalars = [loss.detach(), figures.penalty, figures.norm, figures.share_24, *figures.shares.values()]
+    values = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return dict(zip(names, values, strict=False)), dict(zip(figures.shares, values[len(names) :], strict=True))
+
+
+def _complete_gradients(optimizer: ProxAdamW) -> None:
+    """Zeros for weights that the loss did not reach (experts without a token): penalty, prox and shares are of all layers, always."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["prox"] else ():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+def _epochs(windows: Sequence[Tensor], config: LoopConfig, seed: int) -> Iterator[Batch]:
     """Batches of all epochs: the first in the given order (calibration windows come shuffled), later ones reshuffled."""
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(seed + epoch)
@@ -124,18 +117,38 @@ def _epochs(windows: Sequence[Tensor], config: LoopConfig, seed: int) -> Iterato
         yield from batches([windows[i] for i in order], config.batch_size)
 
 
-def _check_finite(step: int, steps: int, values: Sequence[float], model: nn.Module) -> None:
-    loss, penalty, norm = values
-    if all(math.isfinite(value) for value in values):
+def _check_finite(step: int, steps: int, values: Mapping[str, float], model: nn.Module, optimizer: ProxAdamW) -> None:
+    if all(math.isfinite(value) for value in values.values()):
         return
+    cause = None
+    try:
+        optimizer.check()
+    except LearningError as error:
+        cause = error
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    if not broken:
-        broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()] or ["no single parameter"]
+    broken = broken or [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if broken or cause is None:
+        where = broken[0] if broken else "no single parameter"
+        advice = "Lower --lr or --lambda2, raise --frozen-eps, or learn with --dtype float32."
+        where = f", first seen in {where}. {advice}"
+    else:  # the gradients are gone, or finite without the penalty's: only the optimiser knows
+        where = f": {cause}"
     raise LearningError(
-        f"learning: expected finite losses and gradients, got loss {loss:g}, penalty {penalty:g}, gradient norm {norm:g} "
-        f"at step {step + 1} of {steps}, first seen in {broken[0]}. "
-        "Lower --lr or --lambda2, raise --frozen-eps, or learn with --dtype float32."
-    )
+        f"learning: expected finite losses and gradients, got loss {values['loss']:g}, penalty {values['penalty']:g}, "
+        f"gradient norm {values['grad_norm']:g} at step {step + 1} of {steps}{where}"
+    ) from cause
+
+
+@contextmanager
+def _gradient_release(optimizer: ProxAdamW, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    handle = optimizer.release_gradients()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

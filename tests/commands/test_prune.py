@@ -97,13 +97,18 @@ def test_json_for_machines(text: str, tmp_path: Path) -> None:
 def test_options_reach_the_run(text: str, tmp_path: Path) -> None:
     options = {
         "--lambda1": 20.0, "--lambda2": 0.25, "--frozen-eps": 0.5, "--lr": 0.001, "--batch-size": 2, "--epochs": 2,
+        "--weight-bits": 32, "--moments": "int8", "--clip-mode": "loss", "--gpu-memory": 0.25,
         "--seed": 7, "--eval": text, "--text-field": "text", "--dtype": "bfloat16", "--include": "layers.0", "--skip": "mlp",
     }  # fmt: skip
     flat = [part for pair in options.items() for part in pair]
-    result = run("demo", "-o", tmp_path / "run", "--calibration", text, *SMALL, *flat)
+    result = run("demo", "-o", tmp_path / "run", "--calibration", text, *SMALL, *flat, "--checkpointing")
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    settings = {"lambda1": 20.0, "lambda2": 0.25, "frozen_eps": 0.5, "lr": 0.001, "batch_size": 2, "epochs": 2}
+    settings = {
+        "lambda1": 20.0, "lambda2": 0.25, "frozen_eps": 0.5, "lr": 0.001, "batch_size": 2, "epochs": 2,
+        "weight_bits": 32, "moments": "int8", "clip_mode": "loss", "checkpointing": True,
+    }  # fmt: skip
+    assert manifest["config"]["gpu_memory"] == 0.25
     assert manifest["config"]["settings"] == settings
     assert manifest["method"]["settings"].items() >= settings.items()
     assert manifest["method"]["steps"] == 4
@@ -137,6 +142,48 @@ def test_preset_gives_the_papers_settings(text: str, tmp_path: Path, monkeypatch
     assert "--seqlen of at most 512, the model's limit, got 4096" in message
 
 
+def plan(*arguments: object, output: Path) -> Result:
+    result = run("demo", "-o", output, "--plan", *arguments)
+    assert result.exit_code == 0, result.output
+    assert not output.exists()
+    return result
+
+
+def test_plan_prints_and_does_nothing(tmp_path: Path) -> None:
+    """Every item above nothing, the decisions, and no verdict where there is nothing to hold it against."""
+    out = plan("--lambda2", "1", output=tmp_path / "run").stdout
+    for line in ("weights", "moments", "pretrained", "activations", "workspace", "peak", "time", "checkpointing"):
+        assert line in out
+    assert "residual" not in out  # fp32 weights have none
+    assert "plan of demo: 400 steps" in out
+    if not torch.cuda.is_available():
+        assert "give its size with --gpu-memory GB" in out
+        assert "not known for this device" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_says_whether_it_fits_and_what_to_change(tmp_path: Path) -> None:
+    assert "fits into 80.00 GB" in plan("--gpu-memory", "80", output=tmp_path / "run").stdout
+    out = plan("--gpu-memory", "0.4", "--batch-size", "8", "--no-checkpointing", output=tmp_path / "run").stdout
+    assert "does not fit into 400 MB; with --checkpointing it would, at " in out
+    assert "does not fit into 1 MB, whatever the precision: lower --seqlen" in plan("--gpu-memory", "0.001", output=tmp_path / "run").stdout
+
+
+def test_plan_for_machines(tmp_path: Path) -> None:
+    report = json.loads(plan("--gpu-memory", "0.05", "--dtype", "bfloat16", "--json", output=tmp_path / "run").stdout)
+    assert report["peak_bytes"] == sum(report["items"].values()) > 50e6
+    assert (report["steps"], report["gpu_memory_bytes"], report["fits"], report["change"]) == (400, 50_000_000, False, [])
+    assert report["settings"] == {"weight_bits": 24, "moments": "float32", "checkpointing": True}
+    assert report["changed_peak_bytes"] is None
+
+
+def test_plan_refuses_what_the_run_would(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert "finite lambda1 >= 0, got nan" in failed("demo", "--plan", "--lambda1", "nan", output=out)
+    assert "plan: expected --method proxsparse, got wanda" in failed("demo", "--plan", "--method", "wanda", output=out)
+    assert "--seqlen of at most 512" in failed("demo", "--plan", "--preset", "llama-2-7b", output=out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -159,6 +206,10 @@ def test_preset_gives_the_papers_settings(text: str, tmp_path: Path, monkeypatch
         (["--lr", "-1e-4"], "lr > 0, got -0.0001"),
         (["--lr", "nan"], "lr > 0, got nan"),
         (["--batch-size", "0"], "batch_size >= 1, got 0"),
+        (["--weight-bits", "8"], "weight_bits to be one of 16, 24, 32, got 8"),
+        (["--weight-bits", "16"], "--weight-bits 16 with bf16 weights only, got torch.float32"),
+        (["--gpu-memory", "0"], "--gpu-memory above 0, got 0.0"),
+        (["--gpu-memory", "nan"], "--gpu-memory above 0, got nan"),
         (["--epochs", "0"], "epochs >= 1, got 0"),
         (["--method", "wnada"], "expected one of magnitude, proxsparse, sparsegpt, wanda, got 'wnada'"),
         (["--method", "wanda", "--lambda1", "1"], "expected only its own settings (none), got --lambda1"),

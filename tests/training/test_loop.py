@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, get_linear_schedule_with_warmup
 
 from proxsparse_triton.errors import ConfigError, LearningError
-from proxsparse_triton.ops import prox_24
+from proxsparse_triton.ops import frozen_penalty, prox_24
+from proxsparse_triton.optim.prox_adamw import ProxAdamW
 from proxsparse_triton.progress import Progress, Task
 from proxsparse_triton.training import loop
 from proxsparse_triton.training.loop import LoopConfig, learn, steps_of
+from proxsparse_triton.training.loss import NextTokenLoss
 
 VICTIM = "model.layers.1.mlp.up_proj.weight"
+LAMBDA1, LAMBDA2, EPS = 5.0, 0.25, 0.1
 Row = Mapping[str, Any]
 
 
-def tiny(device: str = "cpu") -> nn.Module:
+def tiny(device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(config).eval().to(device)
+    return LlamaForCausalLM(config).eval().to(device, dtype)
 
 
 def windows(count: int = 5, length: int = 12) -> list[Tensor]:
@@ -32,40 +35,18 @@ def windows(count: int = 5, length: int = 12) -> list[Tensor]:
     return [torch.randint(48, (length,), generator=generator) for _ in range(count)]
 
 
-class Prox:
-    """lambda1 on one weight, a constant pull as the gradient of a penalty of value 0.5."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.weight = model.get_parameter(VICTIM)
-        self.calls: list[str] = []
-
-    def add_gradient(self) -> Tensor | None:
-        self.calls.append("gradient")
-        assert self.weight.grad is not None
-        self.weight.grad += 0.01
-        return torch.tensor(0.5, device=self.weight.device)
-
-    def after_step(self) -> None:
-        self.calls.append("prox")
-        prox_24(self.weight.data, 5.0, out=self.weight.data)
-
-    def shares(self) -> dict[str, Tensor]:
-        share = (self.weight.unflatten(-1, (-1, 4)) != 0).sum(-1).le(2).float().mean()
-        return {VICTIM: share, "all": share}
+def optimizer_of(model: nn.Module, *, max_norm: float | None = 1.0, victim: str | None = VICTIM, **settings: Any) -> ProxAdamW:
+    """Prox and penalty on one weight, plain AdamW on all others."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [(name, p)], "prox": True} for name, p in named if name == victim]
+    groups.append({"params": [(name, p) for name, p in named if name != victim], "prox": False})
+    return ProxAdamW(groups, **{"lambda1": LAMBDA1, "lambda2": LAMBDA2, "frozen_eps": EPS, "max_norm": max_norm, **settings})
 
 
-class Nothing(Prox):
-    def add_gradient(self) -> Tensor | None:
-        return None
-
-    def after_step(self) -> None:
-        pass
-
-
-def run(model: nn.Module, config: LoopConfig | None = None, **options: Any) -> list[Row]:
+def run(model: nn.Module, config: LoopConfig | None = None, *, optimizer: ProxAdamW | None = None, **options: Any) -> list[Row]:
     rows: list[Row] = []
-    regulariser = options.pop("regulariser", Prox)(model)
-    learn(model, options.pop("windows", windows()), regulariser, config or LoopConfig(lr=1e-2), record=rows.append, **options)
+    chosen = optimizer or optimizer_of(model)
+    learn(model, options.pop("windows", windows()), chosen, config or LoopConfig(lr=1e-2), record=rows.append, **options)
     return rows
 
 
@@ -78,30 +59,34 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def test_equals_the_recipe_written_out() -> None:
-    """AdamW without decay, 10 % warm-up, clip 1.0 over the whole gradient, prox after the step: bit for bit, five steps."""
+    """Algorithm 1 with torch's own parts: penalty by autograd, clip 1.0 over all of it, AdamW without decay, 10 % warm-up, prox."""
     model, by_hand = tiny(), tiny()
     rows = run(model)
-    prox = Prox(by_hand)
-    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    weight = by_hand.get_parameter(VICTIM)
+    w0 = weight.detach().clone()
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 1, 5)
     by_hand.train()
     for row, window in zip(rows, windows(), strict=True):
         logits = by_hand(input_ids=window[None]).logits
-        loss = F.cross_entropy(logits[0, :-1].float(), window[1:])
-        loss.backward()
-        prox.weight.grad += 0.01
+        loss = F.cross_entropy(logits[0, :-1], window[1:])
+        penalty = frozen_penalty(weight, w0, LAMBDA2, EPS)
+        (loss + penalty).backward()
         norm = nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
         assert row["lr"] == schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        prox_24(prox.weight.data, 5.0, out=prox.weight.data)
-        assert row["loss"] == loss.item()
-        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
-        assert row["penalty"] == 0.5
-        assert row["share_24"] == row["layers"][VICTIM] == prox.shares()["all"].item()
+        prox_24(weight.data, LAMBDA1, out=weight.data)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert row["penalty"] == pytest.approx(penalty.item(), rel=1e-4)
+        share = (weight.unflatten(-1, (-1, 4)) != 0).sum(-1).le(2).double().mean().item()
+        assert row["share_24"] == row["layers"][VICTIM] == pytest.approx(share, abs=1e-6)
     assert max(row["grad_norm"] for row in rows) > 1.0  # the clip was at work
-    assert equal(weights(model), weights(by_hand))
+    assert rows[-1]["penalty"] > 0
+    for name, tensor in weights(by_hand).items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), tensor, rtol=1e-4, atol=1e-5)
     assert not model.training
 
 
@@ -110,18 +95,24 @@ def test_first_step_has_rate_zero_but_the_prox_acts() -> None:
     model = tiny()
     before = weights(model)
     seen: list[dict[str, Tensor]] = []
-    learn(model, windows(), Prox(model), LoopConfig(lr=1e-2), record=lambda row: seen.append(weights(model)))
+    learn(model, windows(), optimizer_of(model), LoopConfig(lr=1e-2), record=lambda row: seen.append(weights(model)))
     changed = {name for name, tensor in seen[0].items() if not torch.equal(tensor, before[name])}
     assert changed == {VICTIM}
-    assert torch.equal(seen[0][VICTIM], prox_24(before[VICTIM], 5.0))
+    torch.testing.assert_close(seen[0][VICTIM], prox_24(before[VICTIM], LAMBDA1), rtol=1e-6, atol=0)
     assert all(not torch.equal(tensor, before[name]) for name, tensor in seen[-1].items())
 
 
-def test_order_of_calls() -> None:
+def test_one_wait_for_the_device_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is recorded comes over in one tensor, whatever the number of layers."""
+    waits = []
+    original = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: (waits.append(len(self)), original(self))[1])
+    monkeypatch.setattr(Tensor, "item", lambda self: pytest.fail("a wait of its own"))
     model = tiny()
-    prox = Prox(model)
-    learn(model, windows(2), prox, LoopConfig(lr=1e-2))
-    assert prox.calls == ["gradient", "prox"] * 2
+    optimizer = optimizer_of(model, lambda2=0.0)
+    monkeypatch.setattr(optimizer, "check", lambda: None)  # reads, on a GPU, what the step before sent over
+    run(model, optimizer=optimizer)
+    assert waits == [4 + 1] * 5
 
 
 def test_frozen_parameters_stay(device: str) -> None:
@@ -133,18 +124,69 @@ def test_frozen_parameters_stay(device: str) -> None:
     assert changed == set(before) - {"model.embed_tokens.weight"}
 
 
+def test_a_layer_that_the_loss_does_not_reach(device: str) -> None:
+    """It takes penalty and prox, and counts."""
+
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+            self.unused = nn.Linear(16, 8, bias=False)
+            self.config = self.inner.config
+
+        def forward(self, **arguments: Any) -> Any:
+            return self.inner(**arguments)
+
+    model = Extra().to(device)
+    before = weights(model)
+    rows = run(model, optimizer=optimizer_of(model, victim="unused.weight"))
+    assert list(rows[0]["layers"]) == ["unused.weight"]
+    assert not torch.equal(model.unused.weight, before["unused.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_number(device: str, dtype: torch.dtype) -> None:
+    """And it is off afterwards."""
+    plain, saving = tiny(device, dtype), tiny(device, dtype)
+    rows = run(plain)
+    calls = []
+    saving.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    assert run(saving, LoopConfig(lr=1e-2, checkpointing=True)) == rows
+    assert equal(weights(plain), weights(saving))
+    assert len(calls) == 2 * 5 + 1  # twice a step; once to see how the model is put together
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in saving.modules())
+
+
+def test_a_model_without_checkpointing() -> None:
+    model = tiny()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match=r"activation checkpointing, got LlamaForCausalLM\. Use --no-checkpointing"):
+        run(model, LoopConfig(lr=1e-2, checkpointing=True))
+
+
+def test_released_gradients_change_no_number(device: str) -> None:
+    """Stepped inside the backward pass: no two gradients at a time, the same weights and rows."""
+    plain, released = tiny(device), tiny(device)
+    rows = run(plain, optimizer=optimizer_of(plain, max_norm=None))
+    alive = []
+    for p in released.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: alive.append(sum(q.grad is not None for q in released.parameters())))
+    optimizer = optimizer_of(released, max_norm=None)
+    again = run(released, LoopConfig(lr=1e-2, release_gradients=True), optimizer=optimizer)
+    assert set(alive) == {1}
+    assert equal(weights(plain), weights(released))
+    for row, other in zip(rows, again, strict=True):
+        assert row == {**other, "grad_norm": pytest.approx(other["grad_norm"], rel=1e-6)}
+    assert all(not p._post_accumulate_grad_hooks or len(p._post_accumulate_grad_hooks) == 1 for p in released.parameters())
+
+
+def test_released_gradients_cannot_be_clipped() -> None:
+    with pytest.raises(ConfigError, match="release_gradients: expected no max_norm"):
+        run(tiny(), LoopConfig(lr=1e-2, release_gradients=True))
+
+
 def test_same_seed_same_weights() -> None:
     """Dropout and the order of the second epoch depend on the seed, and on nothing else: not on the state the caller left."""
-
-    class Free:
-        def add_gradient(self) -> Tensor | None:
-            return None
-
-        def after_step(self) -> None:
-            pass
-
-        def shares(self) -> dict[str, Tensor]:
-            return {"all": torch.zeros(())}
 
     def learned(seed: int, state: int) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -152,7 +194,7 @@ def test_same_seed_same_weights() -> None:
         assert config.dropout > 0
         model = OPTForCausalLM(config)
         torch.manual_seed(state)
-        learn(model, windows(3), Free(), LoopConfig(lr=1e-2, epochs=2), seed=seed)
+        learn(model, windows(3), optimizer_of(model), LoopConfig(lr=1e-2, epochs=2), seed=seed)
         return weights(model)
 
     assert equal(learned(5, state=1), learned(5, state=2))
@@ -162,12 +204,12 @@ def test_same_seed_same_weights() -> None:
 def test_epochs_use_every_window_once_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def spy(model: nn.Module, batch: Any) -> Tensor:
-        seen.extend(tuple(row) for row in batch.tokens.tolist())
-        return original(model, batch)
+    class Spy(NextTokenLoss):
+        def __call__(self, batch: Any) -> Tensor:
+            seen.extend(tuple(row) for row in batch.tokens.tolist())
+            return super().__call__(batch)
 
-    original = loop.cross_entropy
-    monkeypatch.setattr(loop, "cross_entropy", spy)
+    monkeypatch.setattr(loop, "NextTokenLoss", Spy)
     given = windows(5)
     rows = run(tiny(), LoopConfig(lr=1e-3, epochs=2, batch_size=2), windows=given)
     order = [tuple(window.tolist()) for window in given]
@@ -193,10 +235,9 @@ def nan_at(model: nn.Module, step: int) -> Callable[[Tensor], Tensor]:
     return hook
 
 
-def test_nan_in_a_gradient_stops_before_the_optimiser(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps_taken = []
-    original = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (steps_taken.append(1), original(self, *args))[1])
+@pytest.mark.parametrize("release", [False, True])
+def test_nan_in_a_gradient_stops_the_run(device: str, release: bool) -> None:
+    """With a norm nothing has been written; without one, nothing that has anything to do with the broken block."""
     model = tiny(device)
     nan_at(model, 3)
     rows: list[Row] = []
@@ -206,17 +247,31 @@ def test_nan_in_a_gradient_stops_before_the_optimiser(device: str, monkeypatch: 
         rows.append(row)
         last.update(weights(model))
 
-    with pytest.raises(LearningError, match=rf"gradient norm nan at step 3 of 5, first seen in {VICTIM}\. Lower --lr"):
-        learn(model, windows(), Prox(model), LoopConfig(lr=1e-2), record=record)
+    optimizer = optimizer_of(model, max_norm=None if release else 1.0)
+    with pytest.raises(LearningError, match=rf"gradient norm nan at step 3 of 5.* {VICTIM}.* Lower "):
+        learn(model, windows(), optimizer, LoopConfig(lr=1e-2, release_gradients=release), record=record)
     assert [row["step"] for row in rows] == [1, 2]
-    assert len(steps_taken) == 2
-    assert equal(weights(model), last)
-    assert all(tensor.isfinite().all() for tensor in last.values())
+    now = weights(model)
+    assert all(tensor.isfinite().all() for tensor in now.values())
+    if not release:
+        assert equal(now, last)
+    block = (3, slice(4, 8))  # row 3, column 5
+    assert torch.equal(now[VICTIM][block], last[VICTIM][block])
+
+
+def test_the_message_names_step_and_parameter() -> None:
+    model = tiny()
+    nan_at(model, 2)
+    with pytest.raises(LearningError, match=rf"gradient norm nan at step 2 of 5, first seen in {VICTIM}\. Lower --lr or --lambda2"):
+        run(model)
 
 
 def test_infinite_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.cross_entropy
-    monkeypatch.setattr(loop, "cross_entropy", lambda model, batch: original(model, batch) / 0.0)
+    class Broken(NextTokenLoss):
+        def __call__(self, batch: Any) -> Tensor:
+            return super().__call__(batch) / 0.0
+
+    monkeypatch.setattr(loop, "NextTokenLoss", Broken)
     model = tiny()
     before = weights(model)
     with pytest.raises(LearningError, match=r"got loss inf, .* at step 1 of 5"):
@@ -225,12 +280,10 @@ def test_infinite_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_infinite_penalty() -> None:
-    class Broken(Prox):
-        def add_gradient(self) -> Tensor | None:
-            return torch.tensor(torch.inf)
-
-    with pytest.raises(LearningError, match=r"penalty inf, .* at step 1 of 5, first seen in no single parameter.*--frozen-eps"):
-        run(tiny(), regulariser=Broken)
+    """Finite gradients of the loss, those of the penalty beyond any number: the optimiser says where."""
+    model = tiny()
+    with pytest.raises(LearningError, match=rf"gradient norm (inf|nan) at step \d of 5: ProxAdamW: .* {VICTIM}; .*raise frozen_eps"):
+        run(model, LoopConfig(lr=1e3), optimizer=optimizer_of(model, lambda1=0.0, lambda2=1e38, frozen_eps=1e-30))
 
 
 def test_a_weight_that_is_nan_from_the_start() -> None:
@@ -276,7 +329,11 @@ def test_matmul_precision_is_put_back(device: str, fail: bool) -> None:
                 run(model)
         else:
             learn(
-                model, windows(), Prox(model), LoopConfig(lr=1e-2), record=lambda row: during.append(torch.get_float32_matmul_precision())
+                model,
+                windows(),
+                optimizer_of(model),
+                LoopConfig(lr=1e-2),
+                record=lambda row: during.append(torch.get_float32_matmul_precision()),
             )
             assert set(during) == {"high" if device == "cuda" else "medium"}
         assert torch.get_float32_matmul_precision() == "medium"
@@ -290,8 +347,6 @@ def test_matmul_precision_is_put_back(device: str, fail: bool) -> None:
         ({"lr": 0.0}, "finite lr > 0, got 0.0"),
         ({"lr": -1.0}, "finite lr > 0, got -1.0"),
         ({"lr": float("inf")}, "finite lr > 0, got inf"),
-        ({"lr": 1.0, "clip": 0.0}, "finite clip > 0"),
-        ({"lr": 1.0, "adam_eps": float("nan")}, "finite adam_eps > 0, got nan"),
         ({"lr": 1.0, "batch_size": 0}, "batch_size >= 1, got 0"),
         ({"lr": 1.0, "epochs": 0}, "epochs >= 1, got 0"),
         ({"lr": 1.0, "warmup": 1.0}, "0 <= warmup < 1, got 1.0"),

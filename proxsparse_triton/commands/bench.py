@@ -1,0 +1,158 @@
+"""`pst bench`: measure the operations and the learning loop on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..benchmarks.table import Row
+
+# WHAT -> the class of its settings in benchmarks/<what>.py
+BENCHES = {"prox": "ProxBench", "step": "StepBench", "learn": "LearnBench"}
+# Option -> field of the settings, where the two differ. A bench that has no such field refuses the option.
+FIELDS = {"dtype": "dtypes", "shape": "shapes", "lambda": "lambdas", "model": "models"}
+TITLES = {
+    "prox": "prox_24: one tensor in, one out",
+    "step": "One optimiser step of one tensor",
+    "learn": "The learning loop at real shapes, random weights, bf16, batch 1",
+}
+QUICK_SHAPE = (256, 512)
+
+
+def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """4096x11008 -> (4096, 11008)."""
+    shapes = []
+    for value in values:
+        parts = value.lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            raise click.BadParameter(f"expected OUTxIN such as 4096x11008, got {value!r}", ctx, param)
+        shapes.append((int(parts[0]), int(parts[1])))
+    return tuple(shapes)
+
+
+@click.command()
+@click.argument("what", type=click.Choice([*BENCHES, "all"]), default="all")
+@click.option("--dtype", multiple=True, type=click.Choice(["bfloat16", "float32"]), help="prox, step: of the weights. [default: both]")
+@click.option(
+    "--shape",
+    multiple=True,
+    metavar="OUTxIN",
+    callback=_shapes,
+    help="prox, step: of the weight matrix; may be repeated. [default: the layers of Llama-2-7B]",
+)
+@click.option("--lambda", "lambda", multiple=True, type=float, help="prox, step: lambda1 x rms of the weights; may be repeated.")
+@click.option("--lambda2", type=float, help="step, learn: the frozen-weight penalty; learn: 0 turns it off. [default: 0.25]")
+@click.option("--model", multiple=True, help="learn: llama-2-7b (default), llama-3.1-8b, llama-2-13b, qwen2.5-14b, tiny; may be repeated.")
+@click.option("--steps", type=int, help="learn: steps of each loop. [default: 20]")
+@click.option("--tokens", type=int, help="learn: tokens of a step. [default: 4096]")
+@click.option("--weight-bits", type=click.Choice(["16", "24", "32"]), help="learn: bits kept of a bf16 weight. [default: by model size]")
+@click.option("--moments", type=click.Choice(["float32", "bfloat16", "int8"]), help="learn: how they are stored. [default: by model size]")
+@click.option("--checkpointing/--no-checkpointing", default=None, help="learn: of activations. [default: where it does not fit without]")
+@click.option(
+    "--rival/--no-rival",
+    default=None,
+    help="prox: the published algorithm, eager and compiled. step: torch's fused AdamW. learn: plain AdamW. "
+    "[default: on; prox: one shape, two strengths]",
+)
+@click.option("--rounds", type=int, help="prox, step: repeats of each measurement. [default: 30; 5 on a CPU]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU]")
+@click.option("--quick", is_flag=True, help="Small shapes and few rounds: a smoke test, not a measurement.")
+@click.option("-o", "--output", metavar="FILE.csv", help="Add the rows to a CSV file, e.g. bench/results/nvidia-h200-prox.csv.")
+@click.option("--commit", help="Recorded with the rows. [default: git's HEAD]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the tables.")
+def bench(what: str, output: str | None, commit: str | None, as_json: bool, quick: bool, **options: Any) -> None:
+    """Measure WHAT on this machine: prox, step, learn or all (default).
+
+    Every result is checked against the reference first. Times are medians with 20 and 80 % quantiles, rivals run interleaved, and the roof
+    is the bandwidth of a large copy measured in the same run. Without a GPU the plain-torch reference is measured.
+    """
+    from pathlib import Path
+
+    from ..benchmarks.table import append_csv, environment, read_csv
+    from .console import console_progress
+
+    place = _machine(options.pop("device"), options.pop("rounds"), quick)
+    names = list(BENCHES) if what == "all" else [what]
+    benches = {name: _settings(name, what, options, quick) for name in names}
+    if output is not None:
+        read_csv(Path(output))  # refused before the work, not after it
+    facts = environment(place.device, commit)
+    found: dict[str, list[Row]] = {name: [] for name in names}
+    with console_progress() as progress:
+        if place.device.type == "cpu":
+            progress.note(_not_measured(names))
+        for name, settings in benches.items():
+            try:
+                for row in settings.run(place, progress):
+                    found[name].append({**row, **facts})
+            finally:
+                # What was measured before a failure is kept.
+                if output is not None and found[name]:
+                    append_csv(Path(output), found[name])
+    _print(found, facts, as_json)
+
+
+def _machine(device: str | None, rounds: int | None, quick: bool) -> Any:
+    import torch
+
+    from ..benchmarks.timer import machine
+    from ..errors import BackendError, ConfigError
+
+    if rounds is not None and rounds < 1:
+        raise ConfigError(f"bench: expected --rounds of at least 1, got {rounds}. Choose another value.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("bench: expected a CUDA GPU for --device cuda, got none. Use --device cpu, or install torch with CUDA.")
+    place = machine(device or ("cuda" if torch.cuda.is_available() else "cpu"), quick=quick)
+    return place if rounds is None else dataclasses.replace(place, rounds=rounds)
+
+
+def _settings(name: str, what: str, options: dict[str, Any], quick: bool) -> Any:
+    """The bench's settings from the options that were given. ConfigError for an option of another bench."""
+    import importlib
+
+    from ..errors import ConfigError
+
+    kind = getattr(importlib.import_module(f"..benchmarks.{name}", __package__), BENCHES[name])
+    known = {field.name for field in dataclasses.fields(kind)}
+    settings = {} if not quick else _quick(known)
+    for option, value in options.items():
+        if value is None or value == ():
+            continue
+        field = FIELDS.get(option, option)
+        if field in known:
+            settings[field] = int(value) if field == "weight_bits" else value
+        elif what != "all":
+            raise ConfigError(f"bench {name}: expected its own options, got --{option.replace('_', '-')}. Leave it out.")
+    return kind(**settings)
+
+
+def _quick(known: set[str]) -> dict[str, Any]:
+    values = {"shapes": (QUICK_SHAPE,), "models": ("tiny",), "steps": 4}
+    return {key: value for key, value in values.items() if key in known}
+
+
+def _not_measured(names: list[str]) -> str:
+    """What a machine without a GPU cannot tell."""
+    missing = {
+        "prox": "the prox kernel and its share of the copy bandwidth, the compiled rival, scratch memory",
+        "step": "the fused kernel and its share of the copy bandwidth",
+        "learn": "models of real size, GPU memory",
+    }
+    return f"No GPU: the plain-torch reference is measured on the CPU. Not measured: {'; '.join(missing[name] for name in names)}."
+
+
+def _print(found: dict[str, list[Row]], facts: Row, as_json: bool) -> None:
+    import json
+
+    from ..benchmarks.table import cells, described
+    from .console import print_table
+
+    if as_json:
+        click.echo(json.dumps({"environment": facts, "rows": [row for rows in found.values() for row in rows]}, indent=2))
+        return
+    for name, rows in found.items():
+        titles, texts = cells(rows)
+        print_table(TITLES[name], titles, texts, note=described(facts))

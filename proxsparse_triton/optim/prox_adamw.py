@@ -1,0 +1,369 @@
+"""`ProxAdamW`: AdamW whose every step ends in the 2:4 prox."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..errors import ConfigError, ShapeError
+from ..ops import gradient_square, prox_adamw_
+from ..ops.dispatch import check_strength
+from ..step import StepSettings
+from .distributed import all_sum, is_dtensor, local, part_of
+from .figures import Figures, NonFinite, Record, broken
+from .parameters import OPTIMIZER, Handles, Parameter, Removable, parameter_at, parameters_of
+from .state import Precision, check_parameter, fresh, local_state, random_key
+from .state_dict import AsSaved, check_and_wrap, unwrap
+
+GROUP_NUMBERS = ("lr", "eps", "weight_decay", "lambda1", "lambda2", "frozen_eps")
+
+
+@dataclass(frozen=True)
+class Settings:
+    max_norm: float | None
+    clip: str
+    precision: Precision
+    seed: int
+
+
+class ProxAdamW(Optimizer):
+    """AdamW with the frozen penalty (lambda2) in the gradient and the 2:4 prox (lambda1) after the update, in one pass over each tensor.
+
+    g = coef (grad + lambda2 gradient of || w / (w0 + frozen_eps sgn(w0)) (w - w0) ||^2)
+    w <- prox_lambda1(AdamW(w, g)),  lambda1 not multiplied by the learning rate
+
+    Groups with `prox=False` are plain: torch's fused AdamW with the same clipping coefficient. `prox`, `lambda1`, `lambda2`, `frozen_eps`,
+    `column_scale` ([in_features] or None, see `prox_24`) and AdamW's own settings are keys of a group. `params` may be (name, tensor)
+    pairs; the names appear in messages and figures. A parameter without a gradient is skipped.
+
+    Args:
+        lambda1, lambda2, frozen_eps: strengths of prox and penalty, see `prox_24` and `frozen_penalty`. W0 is copied at a parameter's first
+            step (in bf16 where that loses nothing), unless `share_pretrained` has given it.
+        prox: whether groups that do not say so take the prox.
+        max_norm: clips the global norm of all gradients: coef = min(1, max_norm / (norm + 1e-6)), without a host sync.
+        clip: "total": norm and coefficient of the total gradient, penalty included, as the paper does (one more read of weights and
+            gradients); "loss": of the loss gradient only.
+        weight_bits: bits kept of a bf16 weight, 16, 24 or 32: above 16 the optimizer keeps the low bits in an int8 or int16 beside the
+            weight, and the model sees the weight rounded to nearest. None: the weight's own.
+        moments: "float32", "bfloat16" or "int8" (groups of 128 weights with a scale). None: "float32".
+        seed: of the stochastic rounding of bf16 weights (16 and 24 bits) and of moments below fp32; same seed, same result, however the
+            parameters are sharded by rows.
+    Raises: TypeError, ShapeError, ConfigError: settings or parameters that cannot work, named. `step` raises LearningError when the step
+        before met a non-finite gradient (see `check`): its blocks, or with `max_norm` everything, were left as they were.
+    Source: Liu et al. 2025 (arXiv 2502.00258), Algorithm 1; docs/math.md.
+    """
+
+    _record: Record | None = None
+    _figures: Figures | None = None
+    _watch: tuple[NonFinite, list[dict[str, Any]]] | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        lambda1: float = 0.0,
+        lambda2: float = 0.0,
+        frozen_eps: float = 0.1,
+        prox: bool = True,
+        max_norm: float | None = None,
+        clip: Literal["total", "loss"] = "total",
+        weight_bits: int | None = None,
+        moments: Literal["float32", "bfloat16", "int8"] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if max_norm is not None:
+            check_strength(OPTIMIZER, "max_norm", max_norm, positive=True)
+        if clip not in ("total", "loss"):
+            raise ConfigError(f"{OPTIMIZER}: expected clip 'total' or 'loss', got {clip!r}. Leave it out for the paper's choice.")
+        self._settings = Settings(max_norm, clip, Precision(weight_bits, moments or "float32"), seed)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "lambda1": lambda1,
+            "lambda2": lambda2,
+            "frozen_eps": frozen_eps,
+            "prox": prox,
+            "column_scale": None,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ConfigError, ShapeError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in GROUP_NUMBERS:
+            check_strength(OPTIMIZER, name, float(group[name]), positive=name == "frozen_eps")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ConfigError(f"{OPTIMIZER}: expected two betas in [0, 1), got {group['betas']!r}. AdamW's are (0.9, 0.999).")
+        scale = group["column_scale"]
+        for item in self._parameters():
+            if item.group is not group or not group["prox"]:
+                continue
+            check_parameter(item.name, item.p, self._settings.precision)
+            if scale is not None and tuple(scale.shape) != (item.p.shape[-1],):
+                raise ShapeError(
+                    f"{OPTIMIZER}: expected column_scale of shape {(item.p.shape[-1],)} for {item.name}, got {tuple(scale.shape)}. "
+                    "Give each weight a group of its own."
+                )
+
+    def _parameters(self) -> list[Parameter]:
+        return list(parameters_of(self.param_groups))
+
+    # --- the step -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step with the gradients in `.grad`. Raises LearningError for the step before, see `check`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.check()
+        self._apply([item for item in self._parameters() if item.p.grad is not None])
+        record, self._record = self._record, None
+        if record is not None:
+            self._figures, flags = record.close()
+            self._watch = flags, [self.state[item.p] for item in record.prox]
+        return loss
+
+    def _apply(self, items: Sequence[Parameter]) -> None:
+        if not items:
+            return
+        for item in items:
+            self._prepare(item, items[0].p.device)
+        record = self._record = self._record or Record()
+        prox = [item for item in items if item.group["prox"]]
+        plain = [item for item in items if not item.group["prox"]]
+        max_norm, coef = self._settings.max_norm, None
+        squares = [self._squares(some) for some in (plain, prox if max_norm is not None else []) if some]
+        square = torch.cat(squares).sum() if squares else None
+        if max_norm is not None and square is not None:
+            record.square = square
+            # Without a finite norm nothing is written.
+            coef = torch.where(square.isfinite(), (max_norm / (square.sqrt() + 1e-6)).clamp_max(1), torch.nan)
+        for item in prox:
+            record.statistics.append(self._step_prox(item, coef))
+        if plain and square is not None:
+            self._step_plain(plain, coef, square)
+            record.plain_squares.append(squares[0])
+        record.prox += prox
+        record.plain += plain
+
+    def _prepare(self, item: Parameter, device: torch.device) -> None:
+        """Checks and first-step state: everything that can be refused is refused before a tensor is changed."""
+        p, grad = item.p, item.p.grad
+        if p.device != device:
+            raise ConfigError(
+                f"{OPTIMIZER}: expected all parameters on {device}, got {item.name} on {p.device}. Use one optimizer a device."
+            )
+        if grad is None or grad.layout != torch.strided:
+            layout = None if grad is None else grad.layout
+            raise TypeError(f"{OPTIMIZER}: expected a dense gradient of {item.name}, got {layout}. Use embeddings with sparse=False.")
+        state = self.state[p]
+        if not item.group["prox"]:
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach())
+            return
+        if "exp_avg" not in state:
+            # Again: a parameter may have been replaced by a sharded one since it was added.
+            check_parameter(item.name, p, self._settings.precision)
+            state.update(fresh(p, self._settings.precision))
+        if item.group["lambda2"] > 0 and "pretrained" not in state:
+            if state["step"]:
+                raise ConfigError(
+                    f"{OPTIMIZER}: expected lambda2 > 0 from the first step of {item.name}, got it at step {state['step'] + 1}, "
+                    "when its pretrained value is gone. Give it with share_pretrained."
+                )
+            state["pretrained"] = self._snapshot(p)
+
+    def _snapshot(self, p: Tensor) -> Tensor:
+        """A copy of the weight, in bf16 where that loses nothing (on any rank)."""
+        low = p.detach().to(torch.bfloat16)
+        if p.dtype == torch.bfloat16:
+            return low.clone()
+        lost = (local(low).to(p.dtype) != local(p)).sum().view(1)
+        return p.detach().clone() if all_sum(lost, [p]).item() else low
+
+    def _pretrained(self, item: Parameter) -> Tensor | None:
+        return local(self.state[item.p]["pretrained"]) if item.group["prox"] and item.group["lambda2"] > 0 else None
+
+    def _squares(self, items: Sequence[Parameter]) -> Tensor:
+        """Squared gradient norms, fp64 [items]; of the total gradient with clip="total"."""
+        squares: dict[int, Tensor] = {}
+        if self._settings.clip == "total":
+            for item in items:
+                if (w0 := self._pretrained(item)) is not None:
+                    lam, eps = item.group["lambda2"], item.group["frozen_eps"]
+                    squares[item.index] = gradient_square(local(item.p), w0, lam, eps, item.gradient).double()
+        rest = [item for item in items if item.index not in squares]
+        if rest:
+            dtype = torch.float64 if any(item.p.dtype == torch.float64 for item in rest) else torch.float32
+            norms = torch._foreach_norm([item.gradient for item in rest], 2, dtype=dtype)
+            squares |= {item.index: norm.double().square() for item, norm in zip(rest, norms, strict=True)}
+        return all_sum(torch.stack([squares[item.index] for item in items]), [item.p for item in items])
+
+    def _step_prox(self, item: Parameter, coef: Tensor | None) -> Tensor:
+        group, state, part = item.group, self.state[item.p], part_of(item.p)
+        precision, scale = self._settings.precision, group["column_scale"]
+        state["step"] += 1
+        settings = StepSettings(
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"],
+            lambda1=group["lambda1"],
+            lambda2=group["lambda2"],
+            frozen_eps=group["frozen_eps"],
+            clip_total=self._settings.clip == "total",
+            stochastic=precision.rounds(item.p),
+            seed=random_key(self._settings.seed, state["step"], item.index),
+            offset=part.offset,
+        )
+        return prox_adamw_(
+            local(item.p),
+            item.gradient,
+            local_state(state),
+            settings,
+            w0=self._pretrained(item),
+            column_scale=None if scale is None else scale[part.columns],
+            grad_coef=coef if coef is None or item.p.dtype == torch.float64 else coef.float(),
+        )
+
+    def _step_plain(self, items: Sequence[Parameter], coef: Tensor | None, square: Tensor) -> None:
+        found_inf = (~square.isfinite()).float()
+        grad_scale = None if coef is None else (1 / coef).float()
+        groups: dict[int, list[Parameter]] = {}
+        for item in items:
+            groups.setdefault(id(item.group), []).append(item)
+        for mine in groups.values():
+            group, states = mine[0].group, [self.state[item.p] for item in mine]
+            adamw(
+                [local(item.p) for item in mine],
+                [item.gradient for item in mine],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=float(group["lr"]),
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    # --- what the step tells --------------------------------------------------------------------------------------------------------
+
+    def figures(self) -> Figures:
+        """Figures of the last step as tensors on the device, without a host sync. Raises: ConfigError before the first step."""
+        if self._figures is None:
+            raise ConfigError("figures: expected at least one step, got none. Call step() first.")
+        return self._figures
+
+    def check(self) -> None:
+        """Waits for the last step. Raises LearningError, once, if it met a non-finite gradient, naming the first parameter."""
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        flags, states = watch
+        names, norm = flags.read()
+        if not names and not norm:
+            return
+        if norm and self._settings.max_norm is not None:  # nothing was written
+            for state in states:
+                state["step"] -= 1
+        raise broken(names)
+
+    # --- pretrained weights, gradient release, state dict ---------------------------------------------------------------------------
+
+    def pretrained(self, p: Tensor) -> Tensor | None:
+        """W0 of a parameter; None before its first step, and without lambda2."""
+        value: Tensor | None = self.state.get(p, {}).get("pretrained")
+        return value
+
+    def share_pretrained(self, pretrained: Mapping[Tensor, Tensor]) -> None:
+        """Takes W0 of these parameters from the caller instead of copying it: tensors like the parameter, the dtype may differ.
+
+        Raises: ConfigError: not a parameter with prox, or sharded otherwise. ShapeError: W0 of another shape.
+        """
+        items = {item.p: item for item in self._parameters() if item.group["prox"]}
+        for p, w0 in pretrained.items():
+            if p not in items:
+                raise ConfigError(f"share_pretrained: expected parameters of groups with prox, got {tuple(p.shape)}. Leave it out.")
+            name = items[p].name
+            if p.shape != w0.shape:
+                raise ShapeError(
+                    f"share_pretrained: expected W0 of shape {tuple(p.shape)} for {name}, got {tuple(w0.shape)}. Check the name."
+                )
+            if w0.device != p.device or getattr(p, "placements", None) != getattr(w0, "placements", None):
+                raise ConfigError(f"share_pretrained: expected W0 of {name} on {p.device} and sharded like it, got {w0.device}. Move it.")
+            self.state[p]["pretrained"] = w0.detach()
+
+    def release_gradients(self) -> Handles:
+        """From now on each parameter is stepped, and its gradient freed, inside the backward pass: no two gradients live at a time.
+
+        One backward pass is one step then: set the learning rate before it, and call `step()` after it as ever, which closes the step.
+        Raises: ConfigError: with max_norm, whose norm needs all gradients at once, or for sharded parameters.
+        """
+        if self._settings.max_norm is not None:
+            raise ConfigError("release_gradients: expected no max_norm, got one: the norm needs all gradients at once. Leave max_norm out.")
+        handles: list[Removable] = []
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if is_dtensor(p):
+                    name = parameter_at(self.param_groups, number, position, index).name
+                    raise ConfigError(f"release_gradients: expected parameters that are not sharded, got {name}. Step after backward.")
+                if p.requires_grad:
+                    handles.append(p.register_post_accumulate_grad_hook(partial(self._release, number, position, index)))
+                index += 1
+        return Handles(handles)
+
+    @torch.no_grad()
+    def _release(self, number: int, position: int, index: int, p: Tensor) -> None:
+        self.check()
+        self._apply([parameter_at(self.param_groups, number, position, index)])
+        p.grad = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state bit for bit. Raises: ConfigError, naming the difference, for one of other settings; nothing changes then."""
+        # Registered last, it sees what the caller's own hooks made of the state dict.
+        handle = self.register_load_state_dict_pre_hook(check_and_wrap(self._parameters(), self._settings.precision))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for p, saved in state["state"].items():
+            if isinstance(saved, AsSaved):
+                state["state"][p] = unwrap(saved, p.device)
+        super().__setstate__(state)

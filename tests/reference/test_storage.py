@@ -1,0 +1,190 @@
+"""Random bits, rounding, residual words and 8-bit codes, against published vectors, exact arithmetic and their own inverses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from proxsparse_triton.reference.storage import (
+    WORD,
+    bf16_bits,
+    bits_of,
+    decode_first,
+    decode_second,
+    encode_first,
+    encode_second,
+    join_residual,
+    number_of,
+    random_words,
+    round_bf16,
+    split_residual,
+    words_of,
+)
+
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+
+def numbers(count: int = 4000) -> Tensor:
+    """fp32 of all magnitudes, with zeros and both infinities."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, generator=generator) * 10 ** (torch.rand(count, generator=generator) * 60 - 30)
+    return torch.cat([x, torch.tensor([0.0, 1.0, -1.0, INF, -INF, 1e-45, 3e38])])
+
+
+# --- random bits ------------------------------------------------------------------------------------------------------------------
+
+
+def test_philox_known_answer() -> None:
+    """From the Random123 distribution's known-answer vectors: philox4x32, 7 rounds, counter 0, key 0."""
+    assert random_words(0, 0, 1, CPU).tolist() == [[0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]]
+
+
+def test_philox_in_exact_integers() -> None:
+    def philox(counter: list[int], key: list[int]) -> list[int]:
+        for _ in range(7):
+            a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+            counter = [(b >> 32) ^ counter[1] ^ key[0], b & WORD, (a >> 32) ^ counter[3] ^ key[1], a & WORD]
+            key = [(key[0] + 0x9E3779B9) & WORD, (key[1] + 0xBB67AE85) & WORD]
+        return counter
+
+    for seed in (0, 1, WORD, 0xFEDCBA9876543210, (1 << 64) - 1):
+        for offset in (0, 12345, WORD - 1, 1 << 33):
+            words = random_words(seed, offset, 3, CPU)
+            for i in range(3):
+                counter = offset + i
+                assert words[i].tolist() == philox([counter & WORD, counter >> 32, 0, 0], [seed & WORD, seed >> 32])
+
+
+def test_words_belong_to_places() -> None:
+    """The words of a row shard with its offset are the whole tensor's."""
+    w = torch.empty(6, 8)
+    words = words_of(w, 7, 0)
+    assert words.shape == w.shape
+    assert torch.equal(words[4:], words_of(w[4:], 7, 8))
+    assert not torch.equal(words, words_of(w, 8, 0))
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bits_round_trip() -> None:
+    x = numbers()
+    assert (bits_of(x) >= 0).all()
+    assert torch.equal(number_of(bits_of(x)), x)
+
+
+def test_bf16_stochastic_rounding_counts_the_dropped_bits() -> None:
+    """Over all 65536 draws, exactly as many round up as the dropped bits say: the mean is the number."""
+    draws = torch.arange(1 << 16)
+    for x in (1.0, -1.003, 0.1, -7.7e-12, 3.5e20):
+        value = torch.tensor(x)
+        dropped = int(bits_of(value)) & 0xFFFF
+        rounded = bf16_bits(round_bf16(value.expand(1 << 16), draws))
+        assert set(rounded.tolist()) <= {int(bits_of(value)) >> 16, (int(bits_of(value)) >> 16) + 1}
+        assert int((rounded != int(bits_of(value)) >> 16).sum()) == dropped
+
+
+def test_bf16_rounding_of_special_values() -> None:
+    x = torch.tensor([0.0, -0.0, INF, -INF, NAN, 1.5, -2.0])
+    for draw in (None, torch.zeros(7, dtype=torch.int64), torch.full((7,), 0xFFFF)):
+        rounded = round_bf16(x, draw)
+        assert torch.equal(rounded[:4], x[:4].bfloat16())
+        assert rounded[4].isnan()
+        assert torch.equal(rounded[5:].float(), x[5:])
+    # A NaN whose bits are all ones does not wrap around to zero.
+    assert round_bf16(number_of(torch.tensor([0x7FFFFFFF])), torch.tensor([0xFFFF])).isnan().all()
+
+
+# --- residual words ---------------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_more_bits_are_exact() -> None:
+    x = numbers()
+    high, low = split_residual(x, torch.int16, None)
+    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    assert torch.equal(join_residual(high, low), x)
+    small = x.abs() < 3e38
+    assert ((high.float() - x).abs() <= 2.0**-8 * x.abs() + 1e-40)[small].all()  # to nearest: half an ulp
+
+
+def test_eight_more_bits() -> None:
+    x = numbers()
+    x = x[x.abs() < 3e38]
+    nearest = join_residual(*split_residual(x, torch.int8, None))
+    assert ((nearest - x).abs() <= 2.0**-16 * x.abs() + 1e-43).all()
+    below = number_of(bits_of(x) >> 8 << 8)
+    for draw, expected in ((0, below), (0xFF, torch.where(below == x, below, number_of((bits_of(x) >> 8 << 8) + 0x100)))):
+        assert torch.equal(join_residual(*split_residual(x, torch.int8, torch.full(x.shape, draw))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_residual_of_special_values(dtype: torch.dtype) -> None:
+    high, low = split_residual(torch.tensor([0.0, -0.0, -1e-42, NAN, INF]), dtype, None)
+    assert not torch.signbit(high[:3]).any()
+    assert (high[:3] == 0).all()
+    assert (low == 0).all()
+    assert high[3].isnan()
+    assert high[4] == INF
+
+
+# --- 8-bit codes ------------------------------------------------------------------------------------------------------------------
+
+
+def moments(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    m = torch.randn(count, generator=generator) * 10 ** (torch.rand(count, generator=generator) * 4 - 6)
+    return m, (m * torch.randn(count, generator=generator)).square() + 1e-20
+
+
+@pytest.mark.parametrize("count", [1, 128, 300])
+def test_codes_are_fixed_points(count: int) -> None:
+    """What a code stands for is coded as that code again, however it is rounded."""
+    m, v = moments(count)
+    for encode, decode, x, dtype in ((encode_first, decode_first, m, torch.int8), (encode_second, decode_second, v, torch.uint8)):
+        codes, scale = encode(x, 0.5)
+        assert (codes.dtype, scale.dtype, scale.shape) == (dtype, torch.float32, (math.ceil(count / 128),))
+        decoded = decode(codes, scale)
+        for uniform in (0.002, 0.5, 0.998):
+            assert torch.equal(encode(decoded, uniform)[0], codes)
+
+
+def test_codes_are_nearest() -> None:
+    m, v = moments(512)
+    for encode, decode, x, levels in (
+        (encode_first, decode_first, m, [c / 127 * abs(c / 127) for c in range(-127, 128)]),
+        (encode_second, decode_second, v, [(c / 255) ** 4 for c in range(1, 256)]),
+    ):
+        codes, scale = encode(x, 0.5)
+        ladder = torch.tensor(levels, dtype=torch.float64) * scale.double().repeat_interleave(128)[:, None]
+        best = (ladder - x.double()[:, None]).abs().amin(-1)
+        error = (decode(codes, scale).double() - x).abs()
+        assert (error <= best * (1 + 1e-3) + 1e-6 * scale.max()).all()
+
+
+def test_codes_are_unbiased() -> None:
+    """Over all 256 draws the mean of what is decoded is the moment, to a 256th of the distance between neighbours."""
+    m, v = moments(128)
+    uniform = ((torch.arange(256) + 0.5) / 256)[:, None].expand(256, 128)
+    for encode, decode, x in ((encode_first, decode_first, m), (encode_second, decode_second, v)):
+        decoded = [decode(*encode(x, u)) for u in uniform]
+        mean = torch.stack(decoded).double().mean(0)
+        step = torch.stack(decoded).amax(0) - torch.stack(decoded).amin(0)
+        fine = (x > x.amax() / 255**4) if encode is encode_second else torch.ones_like(x, dtype=torch.bool)
+        assert ((mean - x).abs() <= step / 256 + 1e-6 * x.abs().max())[fine].all()
+
+
+def test_groups_of_zeros_and_tiny_second_moments() -> None:
+    x = torch.zeros(256)
+    x[200] = 1.0
+    x[201] = 1e-30
+    codes, scale = encode_second(x, 0.998)
+    assert scale.tolist() == [0.0, 1.0]
+    assert codes[200] == 255
+    assert codes[201] == 1  # a second moment above 0 never becomes 0
+    assert codes.long().sum() == 256
+    for encode, decode in ((encode_first, decode_first), (encode_second, decode_second)):
+        assert torch.equal(decode(*encode(torch.zeros(4, 8), 0.5)), torch.zeros(4, 8))

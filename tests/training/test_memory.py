@@ -1,0 +1,231 @@
+"""The model of memory against the same step with real tensors, and against arithmetic done by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from proxsparse_triton.errors import ConfigError, ModelError
+from proxsparse_triton.models.selection import plan_layers
+from proxsparse_triton.optim.prox_adamw import ProxAdamW
+from proxsparse_triton.training.batches import Batch
+from proxsparse_triton.training.loss import NextTokenLoss
+from proxsparse_triton.training.memory import (
+    RESERVE,
+    WORKSPACE,
+    StepMemory,
+    Storage,
+    _Ledger,
+    checkpointing,
+    enable_checkpointing,
+    fits,
+    meta_model,
+    resident,
+    supports_checkpointing,
+    trace_step,
+)
+
+
+def config(kind: str = "Llama", **settings: Any) -> Any:
+    shape = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6, "num_attention_heads": 4}
+    return getattr(transformers, f"{kind}Config")(**{**shape, "num_key_value_heads": 4, **settings})
+
+
+def real(dtype: torch.dtype, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config(**settings)).to(dtype).train()
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_real_step_has_the_same_highest_point(dtype: torch.dtype, checkpoint: bool, release: bool) -> None:
+    """Byte by byte, allocations of a CPU step against those of the meta device."""
+    planned = trace_step(meta_model(config(), dtype), 2, 128, checkpoint=checkpoint, release=release)
+    model = real(dtype)
+    ledger = _Ledger(model)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: ledger.gradient(p, release))
+    tokens = torch.zeros(2, 128, dtype=torch.int64)
+    with checkpointing(model, checkpoint):
+        loss_of = NextTokenLoss(model, tokens[0])
+        with ledger:
+            loss_of(Batch(tokens, None)).backward()
+    found = ledger.peak()
+    assert found.total == pytest.approx(planned.total, rel=0.01)
+    assert found.gradients == pytest.approx(planned.gradients, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_a_step_on_the_card(kv_heads: int, checkpoint: bool, release: bool) -> None:
+    """Within 10 % of what the allocator counts, of a model large enough for it to matter."""
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 32000, "num_attention_heads": 8, "num_key_value_heads": kv_heads}
+    planned = trace_step(meta_model(config(**shape), torch.bfloat16), 1, 4096, checkpoint=checkpoint, release=release)
+    model = real(torch.bfloat16, **shape).cuda()
+    tokens = torch.zeros(1, 4096, dtype=torch.int64, device="cuda")
+
+    def forget(p: Tensor) -> None:
+        p.grad = None
+
+    if release:
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(forget)
+    with checkpointing(model, checkpoint):
+        loss_of = NextTokenLoss(model, tokens[0])
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            loss_of(Batch(tokens, None)).backward()
+    measured = torch.cuda.max_memory_allocated() - before
+    assert planned.total == pytest.approx(measured, rel=0.1)
+
+
+def test_checkpointing_and_release_lower_the_peak() -> None:
+    model = meta_model(config(num_hidden_layers=8), torch.bfloat16)
+    both = trace_step(model, 4, 512, checkpoint=True, release=True)
+    checkpointed = trace_step(model, 4, 512, checkpoint=True, release=False)
+    plain = trace_step(model, 4, 512, checkpoint=False, release=False)
+    assert both.total <= checkpointed.total < plain.total / 2
+    assert plain.flops < checkpointed.flops < 1.5 * plain.flops
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    """6 x weights of matrices x tokens, and attention's half of 4 T^2 width a layer, three and a half times."""
+    model = meta_model(config(), torch.bfloat16)
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    matrices = 6 * weights * 256
+    attention = 6 * 3.5 * 2 * 256**2 * 64
+    assert trace_step(model, 1, 256, checkpoint=False, release=False).flops == pytest.approx(matrices + attention, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "kv_heads", "scores"), [("bfloat16", 1, False), ("float32", 4, False), ("float32", 1, True)])
+def test_attention_keeps_scores_only_where_no_kernel_exists(dtype: str, kv_heads: int, scores: bool) -> None:
+    """From T to 2 T tokens the activations double; with the scores of all pairs they grow by more."""
+    model = meta_model(config(num_key_value_heads=kv_heads), getattr(torch, dtype))
+    one, two = (trace_step(model, 1, tokens, checkpoint=False, release=False).activations for tokens in (1024, 2048))
+    assert (two / one > 3) if scores else (two / one == pytest.approx(2, rel=0.05))
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weight_bits", [16, 24, 32])
+def test_what_stays_is_what_the_optimiser_keeps(weight_bits: int, moments: Any) -> None:
+    """Tensors of a real model and of ProxAdamW's state after a step, added up."""
+    model = real(torch.bfloat16)
+    pruned = {f"{name}.weight" for name in plan_layers(model).selected()}
+    named = list(model.named_parameters())
+    optimizer = ProxAdamW(
+        [{"params": [(n, p) for n, p in named if (n in pruned) == prox], "prox": prox} for prox in (True, False)],
+        lambda2=0.5,
+        weight_bits=weight_bits,
+        moments=moments,
+    )
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    found = {"weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())), "moments": 0, "pretrained": 0, "residual": 0}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                found[key if key in found else "moments"] += value.nbytes
+    storage = Storage(weight_bits, moments, torch.bfloat16)
+    assert resident(meta_model(config(), torch.bfloat16), pruned, storage) == pytest.approx(found, rel=0.001)
+    assert resident(model, pruned, storage) == pytest.approx(found, rel=0.001)
+
+
+def test_what_stays_of_other_models() -> None:
+    """fp32 weights have no low bits to keep; W0 costs what it is stored in; frozen weights have no state."""
+    model = meta_model(config(tie_word_embeddings=True), torch.float32)
+    pruned = {f"{name}.weight" for name in plan_layers(model).selected()}
+    inside = sum(p.numel() for name, p in model.named_parameters() if name in pruned)
+    outside = sum(p.numel() for name, p in model.named_parameters() if name not in pruned)
+    kept = resident(model, pruned, Storage(32, "float32", torch.bfloat16))
+    assert (kept["residual"], kept["pretrained"], kept["moments"]) == (0, 2 * inside, 8 * (inside + outside))
+    assert resident(model, pruned, Storage(32, "float32", torch.float32))["pretrained"] == 4 * inside
+    assert resident(model, pruned, Storage(32, "float32", None))["pretrained"] == 0
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert resident(model, pruned, Storage(24, "float32", torch.float32))["moments"] == 0
+
+
+def test_items_add_up() -> None:
+    model = meta_model(config(), torch.bfloat16)
+    step = trace_step(model, 1, 64, checkpoint=False, release=False)
+    memory = StepMemory(resident(model, (), Storage(16, "int8", None)), step)
+    assert memory.peak == sum(memory.items.values()) == sum(memory.kept.values()) + step.total + WORKSPACE
+    assert list(memory.items) == ["weights", "moments", "pretrained", "residual", "gradients", "activations", "logits", "workspace"]
+
+
+def test_fits_leaves_a_reserve() -> None:
+    assert fits(int(100 * (1 - RESERVE)), 100)
+    assert not fits(100, 100)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "GPTNeoX", "Gemma", "Phi3"])
+def test_families(kind: str) -> None:
+    settings = {"head_dim": 16} if kind == "Gemma" else {"pad_token_id": 0} if kind == "Phi3" else {}
+    model = meta_model(config(kind, **settings), torch.bfloat16)
+    assert trace_step(model, 1, 64, checkpoint=True, release=False).total > 0
+
+
+def test_nothing_of_the_configuration_changes() -> None:
+    given = config()
+    before = given.to_dict(), given._attn_implementation
+    model = meta_model(given, torch.bfloat16)
+    assert (given.to_dict(), given._attn_implementation) == before
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert type(meta_model(given, torch.float32, kind=transformers.LlamaForCausalLM)) is transformers.LlamaForCausalLM
+
+
+def test_a_model_that_cannot_be_built() -> None:
+    with pytest.raises(ModelError, match=r"plan: expected a model that transformers can build, got .*\. Check config\.json"):
+        meta_model(transformers.BertConfig(hidden_act="no such thing", is_decoder=True), torch.bfloat16)
+
+
+def test_attention_of_its_own() -> None:
+    falcon = transformers.FalconConfig(vocab_size=400, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ModelError, match=r"whose attention can be exchanged, got a falcon\. Leave out --plan, and choose --checkpointing"):
+        meta_model(falcon, torch.bfloat16)
+
+
+def test_a_step_that_depends_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = meta_model(config(), torch.bfloat16)
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if float(args[0].sum()) > 0:
+            raise AssertionError
+
+    model.model.norm.register_forward_pre_hook(look)
+    with pytest.raises(ModelError, match=r"whose steps can be counted without its weights, got .*\. Leave out --plan"):
+        trace_step(model, 1, 16, checkpoint=False, release=False)
+
+
+def test_a_model_without_checkpointing() -> None:
+    model = real(torch.float32)
+    model.supports_gradient_checkpointing = False
+    assert not supports_checkpointing(model)
+    with pytest.raises(ConfigError, match=r"learning: expected a model with activation checkpointing, got LlamaForCausalLM\. Use --no-"):
+        enable_checkpointing(model)
+    with checkpointing(model, False):
+        pass
+    with pytest.raises(ConfigError), checkpointing(model):
+        pass
+
+
+def test_checkpointing_is_off_after_an_error() -> None:
+    model = real(torch.float32)
+    with pytest.raises(ZeroDivisionError), checkpointing(model):
+        _ = 1 / 0
+    assert not model.model.gradient_checkpointing
+    with checkpointing(model):
+        assert model.model.gradient_checkpointing
+    assert not model.model.gradient_checkpointing
