@@ -71,7 +71,7 @@ def _gradient_square_kernel(
     w_ptr, w0_ptr, grad_ptr, partial_ptr, lam, frozen_eps, n,
     HAS_W0: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """partial[program] = sum of (grad + 2 lam r a (2w - w0))^2 over its TILES * TILE weights; reads 6 bytes per bf16 weight, 2 without w0."""
+    """partial[program] = sum of (grad + 2 lam r a (2w - w0))^2 over TILES * TILE weights; reads 6 bytes per bf16 weight, 2 without w0."""
     lam = tl.cast(lam, tl.float32)
     frozen_eps = tl.cast(frozen_eps, tl.float32)
     start = tl.program_id(0).to(tl.int64) * (TILE * TILES)

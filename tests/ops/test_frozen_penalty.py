@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proxsparse_triton.errors import BackendError, ConfigError, ShapeError
-from proxsparse_triton.ops import accumulate_frozen_penalty, frozen_penalty
+from proxsparse_triton.ops import accumulate_frozen_penalty, frozen_penalty, gradient_square
 from proxsparse_triton.reference import frozen_penalty as reference
 
 NAN, INF = float("nan"), float("inf")
@@ -348,3 +348,47 @@ def test_memory_on_the_card(dtype: torch.dtype) -> None:
     torch.testing.assert_close(w.grad, grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
     expected = reference.frozen_penalty_value(w.detach().double(), w0.double(), LAM, EPS)
     torch.testing.assert_close(values[0].detach().double(), expected, rtol=1e-5, atol=0)
+
+
+# --- gradient_square --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_square_is_the_square_of_the_sum(device: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    """Against fp64, with and without the penalty; what it reads stays as it is."""
+    w, w0 = (x.to(device) for x in weights(shape, dtype))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype).to(device)
+    before = w.clone(), w0.clone(), grad.clone()
+    total = grad.double()
+    plain_square = gradient_square(w, None, LAM, EPS, grad, backend=backend)
+    torch.testing.assert_close(plain_square.double(), total.square().sum(), rtol=1e-5, atol=0)
+    accumulate_frozen_penalty(w.double(), w0.double(), LAM, EPS, total)
+    square = gradient_square(w, w0, LAM, EPS, grad, backend=backend)
+    assert (square.dtype, square.shape, square.requires_grad) == (torch.float32, torch.Size([]), False)
+    torch.testing.assert_close(square.double(), total.square().sum(), rtol=1e-5, atol=0)
+    assert all(torch.equal(x, y) for x, y in zip((w, w0, grad), before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_square_of_views_and_of_nan(device: str, backend: str) -> None:
+    w, w0 = (x.to(device) for x in weights((7, 11)))
+    grad = torch.randn(7, 11, generator=torch.Generator().manual_seed(5)).to(device)
+    expected = gradient_square(w, w0, LAM, EPS, grad, backend=backend)
+    views = [x.t().contiguous().t() for x in (w, w0, grad)]
+    torch.testing.assert_close(gradient_square(*views[:2], LAM, EPS, views[2], backend=backend), expected, rtol=1e-6, atol=0)
+    grad[3, 3] = NAN
+    assert gradient_square(w, w0, LAM, EPS, grad, backend=backend).isnan()
+
+
+def test_gradient_square_errors() -> None:
+    w = torch.zeros(2, 4)
+    for arguments, error, message in (
+        ((w, torch.zeros(4, 2), 1.0, 0.1, w), ShapeError, r"gradient_square: expected w0 of shape \(2, 4\), got \(4, 2\)"),
+        ((w, None, 1.0, 0.1, torch.zeros(4, 2)), ShapeError, r"gradient_square: expected grad of shape \(2, 4\), got \(4, 2\)"),
+        ((w, w, -1.0, 0.1, w), ConfigError, "gradient_square: expected a finite lam >= 0"),
+        ((w, w, 1.0, 0.1, None), TypeError, "gradient_square: expected a tensor for grad, got NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            gradient_square(*arguments)
