@@ -1,4 +1,4 @@
-"""Device functions on one block: rounding, ranks, sorting; and that kernel and reference share their constants."""
+"""Device functions on one block: rounding, ranks, sorting, and the solver's three paths, each on blocks that take it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,31 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from adversarial import WORSE, assert_same_solution, same_bits  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from proxsparse_triton.kernels import block, prox  # noqa: E402
-from proxsparse_triton.kernels.block import column, join, pick, ranks, round_to, sort_descending  # noqa: E402
-from proxsparse_triton.kernels.launch import interpreted  # noqa: E402
-from proxsparse_triton.reference import block as reference  # noqa: E402
+from proxsparse_triton.kernels import prox  # noqa: E402
+from proxsparse_triton.kernels.block import (  # noqa: E402
+    SWEEPS_UP_TO,
+    column,
+    join,
+    more_than_two,
+    ranks,
+    round_to,
+    sort_descending,
+    tie_broken,
+    unsort,
+)
+from proxsparse_triton.kernels.launch import Launch, interpreted  # noqa: E402
 from proxsparse_triton.reference import prox as reference_prox  # noqa: E402
+from proxsparse_triton.reference.block import four_kept_hard, objective, solve, three_kept  # noqa: E402
 
 N = 1024
+# Blocks that take a path together: one warp of the card; under the interpreter a tile costs the same however large.
+TILE = 2048 if interpreted(prox._prox_24_kernel) else 32
+LAM = 0.25  # a power of two: lam |z| is the intended u to the last bit
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
 
 
 @triton.jit
@@ -32,11 +48,35 @@ def order_kernel(x_ptr, rank_ptr, sorted_ptr, restored_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + at)
     a, b, c, d = column(x, 0), column(x, 1), column(x, 2), column(x, 3)
     ra, rb, rc, rd = ranks(a, b, c, d)
-    s1, s2, s3, s4 = sort_descending(a, b, c, d)
+    s1, s2, s3, s4, ab, cd, ac, bd, bc = sort_descending(a, b, c, d)
     tl.store(rank_ptr + at, join(ra, rb, rc, rd))
     tl.store(sorted_ptr + at, join(s1, s2, s3, s4))
-    restored = join(pick(ra, s1, s2, s3, s4), pick(rb, s1, s2, s3, s4), pick(rc, s1, s2, s3, s4), pick(rd, s1, s2, s3, s4))
-    tl.store(restored_ptr + at, restored)
+    a, b, c, d = unsort(s1, s2, s3, s4, ab, cd, ac, bd, bc)
+    tl.store(restored_ptr + at, join(a, b, c, d))
+
+
+@triton.jit
+def key_kernel(x_ptr, key_ptr, sorted_ptr, position_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    x = tl.load(x_ptr + at)
+    a, b = tie_broken(column(x, 0), 0), tie_broken(column(x, 1), 1)
+    c, d = tie_broken(column(x, 2), 2), tie_broken(column(x, 3), 3)
+    tl.store(key_ptr + at, join(a, b, c, d))
+    s1, s2, s3, s4, ab, cd, ac, bd, bc = sort_descending(a, b, c, d)
+    tl.store(sorted_ptr + at, join(s1, s2, s3, s4))
+    zero = tl.zeros_like(a)
+    a, b, c, d = unsort(zero, zero + 1, zero + 2, zero + 3, ab, cd, ac, bd, bc)
+    tl.store(position_ptr + at, join(a, b, c, d))
+
+
+@triton.jit
+def count_kernel(u_ptr, more_ptr, TILE: tl.constexpr):
+    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    u = tl.load(u_ptr + block[:, None] * 4 + tl.arange(0, 4)[None, :])
+    tl.store(more_ptr + block, more_than_two(column(u, 0), column(u, 1), column(u, 2)).to(tl.int32))
+
+
+# --- rounding and order ---------------------------------------------------------------------------------------------------------
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,7 +85,6 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_to_nearest_even(device: str, poisoned: None, dtype: torch.dtype) -> None:
     """Random bits, exact halves of an ulp on both sides of even, overflow to infinity, infinities and NaN."""
@@ -64,10 +103,14 @@ def test_rounding_is_to_nearest_even(device: str, poisoned: None, dtype: torch.d
     assert torch.equal(result.signbit()[:4], expected.signbit()[:4])
 
 
-def test_ranks_and_sort_agree_with_a_stable_sort(device: str, poisoned: None) -> None:
-    """All 256 blocks of four values, so every pattern of ties, and random ones."""
+def every_pattern_of_ties() -> Tensor:
+    """All 256 blocks of four values, then random ones."""
     every = torch.tensor(list(itertools.product([0.0, 0.5, 2.0, float("inf")], repeat=4)))
-    x = torch.cat([every, torch.rand(N - len(every), 4, generator=torch.Generator().manual_seed(0))])
+    return torch.cat([every, torch.rand(N - len(every), 4, generator=torch.Generator().manual_seed(0))])
+
+
+def test_ranks_and_sort_agree_with_a_stable_sort(device: str, poisoned: None) -> None:
+    x = every_pattern_of_ties()
     rank, ordered, restored = (torch.empty(N, 4, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32, torch.float32))
     order_kernel[(1,)](x.to(device), rank, ordered, restored, N=N)
     expected, order = x.sort(dim=-1, descending=True, stable=True)
@@ -76,8 +119,183 @@ def test_ranks_and_sort_agree_with_a_stable_sort(device: str, poisoned: None) ->
     assert torch.equal(restored.cpu(), x)
 
 
-def test_kernel_and_reference_share_their_constants() -> None:
-    for name in ("STEPS_THREE", "STEPS_FOUR_HARD", "STEPS_FOUR_EASY"):
-        assert getattr(block, name).value == getattr(reference, name)
-    assert block.NEGLIGIBLE.value == reference_prox.NEGLIGIBLE
+def test_keys_break_ties_to_the_lowest_index(device: str) -> None:
+    """Keys order like the numbers without their lowest two bits, none are equal, and a sort of them is undone for anything sorted along."""
+    x = every_pattern_of_ties()
+    x[-1] = torch.tensor([1e-45, 0.0, 3.4e38, float("nan")])
+    key, ordered, position = (torch.full((N, 4), -7, dtype=torch.int32, device=device) for _ in range(3))
+    key_kernel[(1,)](x.to(device), key, ordered, position, N=N)
+    key, ordered, position = key.cpu(), ordered.cpu(), position.cpu()
+    assert torch.equal(key, (x.view(torch.int32) & -4) | torch.tensor([3, 2, 1, 0], dtype=torch.int32))
+    expected, order = (x.view(torch.int32) >> 2).sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(ordered >> 2, expected)
+    assert (ordered.diff() < 0).all()
+    assert torch.equal(position.long(), order.argsort(-1))
+
+
+def test_kernel_and_reference_read_dead_columns_alike() -> None:
     assert prox.MIN_SCALE.value == reference_prox.MIN_SCALE
+
+
+# --- the three paths ------------------------------------------------------------------------------------------------------------
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shuffled(u: Tensor, seed: int = 11) -> Tensor:
+    """Weights in any order and of any sign, z = u / LAM, fp32; whole tiles."""
+    order, sign = rand(*u.shape, seed=seed).argsort(-1), (rand(*u.shape, seed=seed + 1) < 0.5).double() * 2 - 1
+    return (u.gather(-1, order) * sign / LAM).float()[: len(u) // TILE * TILE]
+
+
+def run(z: Tensor, device: str, tile: int = TILE) -> Tensor:
+    """The kernel on blocks z [blocks, 4], tiles of `tile` of them."""
+    out = torch.full_like(z, float("nan"), device=device)
+    prox.prox_24(z.to(device), LAM, None, out, Launch(tile_blocks=tile, num_warps=1))
+    return out.cpu()
+
+
+def tops(z: Tensor) -> Tensor:
+    """The largest sum of u in each tile, which decides its path."""
+    return (LAM * z.abs()).sum(-1).view(-1, TILE).amax(-1)
+
+
+def assert_optimal(w: Tensor, z: Tensor) -> None:
+    """Objectives within 1e-6 |z|^2 / 2 of the reference in fp64, whose answers to the first blocks are the oracle's."""
+    w, z = w.double(), z.double()
+    best = objective(reference_prox.prox_24(z, LAM), z, LAM)
+    oracle = objective(reference_prox.prox_24_exhaustive(z[:500], LAM), z[:500], LAM)
+    scale = 0.5 * z.square().sum(-1)
+    assert ((best[:500] - oracle).abs() <= 1e-9 * scale[:500]).all()
+    gap = (objective(w, z, LAM) - best) / scale
+    wrong = ~(gap <= WORSE)  # a NaN is wrong too
+    assert not wrong.any(), f"{int(wrong.sum())} of {len(z)}, first z {z[wrong][0].tolist()}: {w[wrong][0].tolist()}, {gap[wrong][0]:.1e}"
+
+
+def easy_blocks(low: float, high: float, n: int = 8 * N) -> Tensor:
+    """Sums of u from `low` to `high` and close to it in half of them: alike, spread, and with one or two large weights."""
+    u = rand(n, 4, seed=1) ** torch.tensor([0.05, 0.5, 1.0, 4.0], dtype=torch.float64).repeat(n // 4)[:, None]
+    close = torch.where(torch.arange(n) % 8 < 4, 0.02, 1.0)
+    total = high - (high - low) * close * rand(n, seed=2)
+    return u / u.sum(-1, keepdim=True) * total[:, None] * (1 - 1e-6)
+
+
+def general_blocks(n: int = 4 * N) -> dict[str, Tensor]:
+    """All numbers of kept weights, and what is hard: near ties, where the third weight appears, where the fourth does."""
+    top, second = 0.2 + rand(n, seed=3), rand(n, seed=4)
+    third = top * second * top * (1 + 0.05 * (rand(n, seed=5) - 0.5))
+    spread = (0.02 + 1.2 * rand(n, 1, seed=6)) * (1 - rand(n, 4, seed=7) ** 2 * 0.6)
+    pairs = (0.1 + 0.9 * rand(n, 1, seed=8)) * torch.cat([1 + rand(n, 1, seed=9), 1 - 0.1 * rand(n, 3, seed=10)], -1)
+    normal = torch.randn(n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return {
+        "normal": normal.abs(),
+        "small": 0.4 * normal.abs(),
+        "heavy-tailed": normal.abs() * normal.roll(1).exp(),
+        "spread": spread,
+        "three alike": pairs,
+        "third at its limit": torch.stack([top, top * second, third, third * rand(n, seed=12)], -1),
+    }
+
+
+def two_minima(n: int = 64 * N) -> Tensor:
+    """Four nearly equal weights where three and four kept are both minima, which only a comparison can tell."""
+    u = (0.6 + 0.3 * rand(n, 1, seed=13)) * (1 + 10 ** (5 * rand(n, 1, seed=14) - 6) * (rand(n, 4, seed=15) - 0.5))
+    u = u.float().double().sort(dim=-1, descending=True).values
+    three, four = three_kept(u), four_kept_hard(u)
+    a, b, c, _ = three.w.unbind(-1)
+    return u[three.valid & four.valid & (u[:, 3] < a * b + b * c + c * a)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.06), (0.06, 0.2), (0.2, 0.5), (0.5, 0.7)])
+def test_sweeps(device: str, low: float, high: float) -> None:
+    """Each number of sweeps where it has the most to do: just below the sum from which there are more."""
+    z = shuffled(easy_blocks(low, high))
+    assert ((low < tops(z)) & (tops(z) <= high)).all()
+    assert high <= SWEEPS_UP_TO.value
+    assert_optimal(run(z, device), z)
+
+
+@pytest.mark.parametrize("family", general_blocks(4))
+def test_decisions(device: str, family: str) -> None:
+    z = shuffled(general_blocks()[family])
+    assert (tops(z) > SWEEPS_UP_TO.value).all()
+    assert_optimal(run(z, device), z)
+
+
+@pytest.mark.parametrize("top", [0.75, 1.0, 1.5, 1.7, 2.2])
+def test_steps_of_newton(device: str, top: float) -> None:
+    """Each number of Newton steps where it has the most to do."""
+    z = shuffled(easy_blocks(0.7, top))
+    assert ((tops(z) > SWEEPS_UP_TO.value) & (tops(z) <= top)).all()
+    assert_optimal(run(z, device), z)
+
+
+def test_comparisons(device: str) -> None:
+    u = two_minima()
+    kept = (solve(u) > 0).sum(-1)
+    assert min((kept == 3).sum(), (kept == 4).sum()) > 500  # neither guess is always right
+    u = u.repeat(-(-4 * TILE // len(u)), 1)
+    z = shuffled(u[torch.randperm(len(u), generator=torch.Generator().manual_seed(0))])
+    assert_optimal(run(z, device), z)
+
+
+def test_more_than_two_is_the_references_answer(device: str) -> None:
+    """100,000 blocks, a third of them close to the limit. Left out are ties: blocks whose answer turns when u3 changes by 1e-5 of itself."""
+    n = 1 << 17
+    top, second, third = 1.5 * rand(n, seed=1), rand(n, seed=2), rand(n, seed=3)
+    limit = top * top * second * (1 + 0.2 * (third - 0.5))
+    u = torch.stack([top, top * second, torch.where(torch.arange(n) % 3 == 0, limit, top * second * third), top * second * third], -1)
+    u[:, 3] *= rand(n, seed=4)
+    u = u.sort(dim=-1, descending=True).values.float()
+    more = torch.full((n,), -1, dtype=torch.int32, device=device)
+    count_kernel[(n // TILE,)](u.to(device), more, TILE=TILE)
+    answers = []
+    for change in (1 - 1e-5, 1, 1 + 1e-5):
+        changed = u.double()
+        changed[:, 2] = (changed[:, 2] * change).clamp(changed[:, 3], changed[:, 1])
+        answers.append((solve(changed) > 0).sum(-1) > 2)
+    clear = (answers[0] == answers[1]) & (answers[1] == answers[2])
+    assert clear.float().mean() > 0.999
+    assert 0.1 < answers[1].float().mean() < 0.9
+    assert torch.equal(more.cpu().bool()[clear], answers[1][clear])
+
+
+@pytest.mark.parametrize("hard", [[0.3, 0.3, 0.3, 0.3], [3.0, 2.0, 1.0, 0.5], "two minima"], ids=["near", "far", "two minima"])
+@pytest.mark.parametrize("high", [0.06, 0.2, 0.5, 0.7, 1.5], ids=str)
+def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: list[float] | str) -> None:
+    """The same blocks in a tile of their like and beside one hard block."""
+    z = shuffled(easy_blocks(0.0, high))
+    mixed = z.clone()
+    mixed[::TILE] = (two_minima(N)[0] if isinstance(hard, str) else torch.tensor(hard)).float() / LAM
+    alone, beside = run(z, device), run(mixed, device)
+    others = torch.arange(len(z)) % TILE != 0
+    assert (tops(mixed) > SWEEPS_UP_TO.value).all()
+    assert_same_solution(beside[others], alone[others], z[others], LAM)
+
+
+# --- tiles of a program ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("shape", [(1, 4), (1, 124), (33, 4), (3, 172), (7, 148), (1, 2052)], ids=str)
+def test_programs_of_several_tiles(device: str, shape: tuple[int, int], scaled: bool, dtype: torch.dtype) -> None:
+    """1, 31, 33, 129, 259 and 513 blocks: as from programs of one tile bit for bit, and nothing beyond the last block is read or written."""
+    size = shape[0] * shape[1]
+    z = torch.full((size + 4096,), float("nan"), dtype=dtype, device=device)
+    z[:size] = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scale = 0.1 + rand(shape[1], seed=1).float().to(device) if scaled else None
+    results = []
+    for tiles in (1, 3, 8):
+        canvas = torch.full_like(z, float("nan"))
+        prox.prox_24(z[:size].view(shape), 0.5, scale, canvas[:size].view(shape), Launch(tile_blocks=32, num_warps=1, tiles=tiles))
+        assert canvas[size:].isnan().all()
+        assert not canvas[:size].isnan().any()
+        results.append(canvas[:size].view(shape))
+    assert same_bits(results[1], results[0])
+    assert same_bits(results[2], results[0])
+    expected = reference_prox.prox_24(z[:size].view(shape).cpu(), 0.5, column_scale=None if scale is None else scale.cpu())
+    close = results[0].cpu().isclose(expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert close.all()
