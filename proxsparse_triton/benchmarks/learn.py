@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ResourceError
 from ..evaluation.memory import is_out_of_memory, peak_memory, reset_peak_memory
-from ..methods.proxsparse import Moments, ProxSparse
+from ..methods.proxsparse import ClipMode, Moments, ProxSparse
 from ..models.selection import plan_layers
 from ..planning import MemoryPlan, predict
 from ..progress import SILENT, Progress
@@ -44,6 +44,7 @@ class LearnBench:
     weight_bits: int | None = None
     moments: Moments | None = None
     checkpointing: bool | None = None
+    clip_mode: ClipMode = "total"
     rival: bool = True
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ class LearnBench:
             weight_bits=self.weight_bits,
             moments=self.moments,
             checkpointing=self.checkpointing,
+            clip_mode=self.clip_mode,
         )
         gpu = torch.cuda.get_device_properties(place.device) if place.device.type == "cuda" else None
         tokens = self.tokens or (TINY_TOKENS if name == TINY else TOKENS)
@@ -248,6 +250,7 @@ def _row(loop: str, case: Case, steps: int, figures: Mapping[str, Figures | None
         "weight_bits": settings.weight_bits if ours else 16,
         "moments": settings.moments if ours else "bfloat16",
         "checkpointing": "on" if settings.checkpointing else "off",
+        "clip": settings.clip_mode if ours else "loss",
         "predicted_bytes": case.predicted(loop),
     }
     if mine is None:

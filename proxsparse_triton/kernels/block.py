@@ -369,6 +369,21 @@ def unpack_blocks(raw):
 
 
 @triton.jit
+def store_blocks(ptr, x, block, limit):
+    """Stores fp32 [TILE_BLOCKS, 4] that is already rounded to the storage type; the twin of `load_blocks`."""
+    inside = (block < limit)[:, None]
+    if ptr.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        half = tl.arange(0, 2)[None, :]
+        low = ((column(bits, 0) >> 16) & 0xFFFF) | (column(bits, 1) & -65536)
+        high = ((column(bits, 2) >> 16) & 0xFFFF) | (column(bits, 3) & -65536)
+        pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(pairs + block[:, None] * 2 + half, tl.where(half == 0, low[:, None], high[:, None]), mask=inside)
+    else:
+        tl.store(ptr + block[:, None] * 4 + tl.arange(0, 4)[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr, EXPLICIT: tl.constexpr):
     """fp32 -> dtype, to nearest even. The interpreter truncates bf16, hence the explicit rounding of the bits there."""
     if EXPLICIT and dtype == tl.bfloat16:

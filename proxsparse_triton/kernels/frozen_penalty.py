@@ -91,16 +91,16 @@ def _gradient_square_kernel(
 
 
 def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor) -> Tensor:
-    """Sum of (grad + penalty gradient)^2 as an fp32 scalar; all contiguous."""
+    """Sum of (grad + penalty gradient)^2 as an fp64 scalar; all contiguous."""
     n = w.numel()
     explicit = interpreted(_gradient_square_kernel)
     tile, tiles = (INTERPRETER_TILE, 1) if explicit else (TILE, TILES)
     programs = triton.cdiv(n, tile * tiles)
     if programs == 0:
-        return torch.zeros((), dtype=torch.float32, device=w.device)
+        return torch.zeros((), dtype=torch.float64, device=w.device)
     partial = torch.empty(programs, dtype=torch.float32, device=w.device)
     with torch.cuda.device_of(w):
         _gradient_square_kernel[(programs,)](
             w, w if w0 is None else w0, grad, partial, lam, frozen_eps, n, HAS_W0=w0 is not None, TILE=tile, TILES=tiles
         )
-    return partial.sum(dtype=torch.float64).to(torch.float32)
+    return partial.sum(dtype=torch.float64)

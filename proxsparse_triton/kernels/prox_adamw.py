@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..step import AdamState, StepSettings
-from .block import load_blocks, prox_tile, reciprocal, round_to, unpack_blocks
+from .block import load_blocks, prox_tile, reciprocal, round_to, some, store_blocks, unpack_blocks
 from .launch import fused, interpreted
 from .prox import MIN_SCALE
 
@@ -42,12 +42,12 @@ def _upper_half(bits):
 
 
 @triton.jit
-def _stored(x, random8, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr):
-    """A moment in its storage type; stochastic rounding to bf16 keeps what bf16 can represent."""
+def _rounded(x, random8, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr):
+    """A moment as its storage type will hold it; stochastic rounding to bf16 keeps what bf16 can represent."""
     if STOCHASTIC and dtype == tl.bfloat16:
-        return _upper_half(_bits(x) + random8 * 257).to(dtype)
+        return _upper_half(_bits(x) + (random8 << 8) + 0x80)
     else:
-        return round_to(x, dtype, EXPLICIT)
+        return round_to(x, dtype, EXPLICIT).to(tl.float32)
 
 
 @triton.jit
@@ -116,12 +116,11 @@ def _moments(m_raw, v_raw, m_scale, v_scale, EIGHT_BIT: tl.constexpr):
 
 @triton.jit
 def _penalty(w, w0, lambda2, frozen_eps):
-    """lambda2 r^2 and its derivative 2 lambda2 r a (2w - w0)."""
+    """lambda2 r^2 and its derivative 2 lambda2 r a (2w - w0); only a^2 = 1 / (w0 + eps sgn(w0))^2 is needed."""
     ratio = w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps)
-    a = ratio * reciprocal(ratio * ratio)
-    r = a * w * (w - w0)
-    pull = lambda2 * r
-    return pull * r, 2 * pull * a * (2 * w - w0)
+    product = w * (w - w0)
+    pull = lambda2 * reciprocal(ratio * ratio) * product
+    return pull * product, 2 * pull * (2 * w - w0)
 
 
 @triton.jit
@@ -176,21 +175,23 @@ def _adamw(
 
 @triton.jit
 def _store_moments(
-    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, offset, writing, group_writing,
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, block, writable, group_writable,
     EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
     m_random = (random >> 16) & 0xFF
     v_random = (random >> 24) & 0xFF
     if EIGHT_BIT:
+        offset = block[:, None] * 4 + tl.arange(0, 4)[None, :]
+        writing = (block < writable)[:, None]
         m_scale = _largest(tl.abs(m))
         v_scale = _largest(v)
         tl.store(m_ptr + offset, _encode_first(m, m_scale, _random_unit(m_random, STOCHASTIC)), mask=writing)
         tl.store(v_ptr + offset, _encode_second(v, v_scale, _random_unit(v_random, STOCHASTIC)), mask=writing)
-        tl.store(m_scale_ptr, m_scale, mask=group_writing)
-        tl.store(v_scale_ptr, v_scale, mask=group_writing)
+        tl.store(m_scale_ptr, m_scale, mask=group_writable)
+        tl.store(v_scale_ptr, v_scale, mask=group_writable)
     else:
-        tl.store(m_ptr + offset, _stored(m, m_random, m_ptr.dtype.element_ty, STOCHASTIC, EXPLICIT), mask=writing)
-        tl.store(v_ptr + offset, _stored(v, v_random, v_ptr.dtype.element_ty, STOCHASTIC, EXPLICIT), mask=writing)
+        store_blocks(m_ptr, _rounded(m, m_random, m_ptr.dtype.element_ty, STOCHASTIC, EXPLICIT), block, writable)
+        store_blocks(v_ptr, _rounded(v, v_random, v_ptr.dtype.element_ty, STOCHASTIC, EXPLICIT), block, writable)
 
 
 @triton.jit
@@ -204,7 +205,6 @@ def _step_tile(
     """One tile: (penalty, squared gradient, is 2:4, is broken) of each block, [TILE_BLOCKS] each."""
     lane = tl.arange(0, 4)[None, :]
     inside = (block < left)[:, None]
-    writing = (block < writable)[:, None]
     offset = block[:, None] * 4 + lane
     m_scale = 1.0
     v_scale = 1.0
@@ -229,15 +229,16 @@ def _step_tile(
             scale = tl.load(scale_ptr + column_block[:, None] * 4 + lane, mask=inside, other=1.0).to(tl.float32)
             scale = tl.maximum(scale, MIN_SCALE)
         w = prox_tile(w, scale, lambda1, HAS_SCALE, EXPLICIT)
-    keep = broken[:, None]
+    if some(broken):
+        w = tl.where(broken[:, None], w_old, w)
+        m = tl.where(broken[:, None], m_old, m)
+        v = tl.where(broken[:, None], v_old, v)
     random = _random(seed, counter, lane, STOCHASTIC)
-    stored, low = _split(tl.where(keep, w_old, w), random, w_ptr.dtype.element_ty, RESIDUAL_BITS, STOCHASTIC, EXPLICIT)
-    tl.store(w_ptr + offset, stored.to(w_ptr.dtype.element_ty), mask=writing)
+    stored, low = _split(w, random, w_ptr.dtype.element_ty, RESIDUAL_BITS, STOCHASTIC, EXPLICIT)
+    store_blocks(w_ptr, stored, block, writable)
     if RESIDUAL_BITS > 0:
-        tl.store(residual_ptr + offset, low.to(residual_ptr.dtype.element_ty), mask=writing)
-    m = tl.where(keep, m_old, m)
-    v = tl.where(keep, v_old, v)
-    _store_moments(m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, offset, writing, group_writable, EIGHT_BIT, STOCHASTIC, EXPLICIT)
+        tl.store(residual_ptr + offset, low.to(residual_ptr.dtype.element_ty), mask=(block < writable)[:, None])
+    _store_moments(m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, block, writable, group_writable, EIGHT_BIT, STOCHASTIC, EXPLICIT)
     is_24 = tl.where((block < left) & (tl.sum(tl.where(stored == 0, 1.0, 0.0), axis=1) >= 2), 1.0, 0.0)
     return tl.sum(penalty, axis=1), square, is_24, tl.where((block < left) & broken, 1.0, 0.0)
 

@@ -105,7 +105,7 @@ def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float,
     sum (grad + 2 lam r a (2w - w0))^2;  without `w0`: sum grad^2
 
     Args: as `accumulate_frozen_penalty`; `grad` is only read.
-    Returns: scalar, fp32 (fp64 for fp64), without a graph.
+    Returns: fp64 scalar, without a graph.
     Raises: as `accumulate_frozen_penalty`.
     """
     function = "gradient_square"

@@ -159,8 +159,9 @@ class ProxAdamW(Optimizer):
             record.square = square
             # Without a finite norm nothing is written.
             coef = torch.where(square.isfinite(), (max_norm / (square.sqrt() + 1e-6)).clamp_max(1), torch.nan)
+        coef32 = None if coef is None else coef.float()
         for item in prox:
-            record.statistics.append(self._step_prox(item, coef))
+            record.statistics.append(self._step_prox(item, coef32 if item.p.dtype != torch.float64 else coef))
         if plain and square is not None:
             self._step_plain(plain, coef, square)
             record.plain_squares.append(squares[0])
@@ -213,7 +214,7 @@ class ProxAdamW(Optimizer):
             for item in items:
                 if (w0 := self._pretrained(item)) is not None:
                     lam, eps = item.group["lambda2"], item.group["frozen_eps"]
-                    squares[item.index] = gradient_square(local(item.p), w0, lam, eps, item.gradient).double()
+                    squares[item.index] = gradient_square(local(item.p), w0, lam, eps, item.gradient)
         rest = [item for item in items if item.index not in squares]
         if rest:
             dtype = torch.float64 if any(item.p.dtype == torch.float64 for item in rest) else torch.float32
@@ -247,7 +248,7 @@ class ProxAdamW(Optimizer):
             settings,
             w0=self._pretrained(item),
             column_scale=None if scale is None else scale[part.columns],
-            grad_coef=coef if coef is None or item.p.dtype == torch.float64 else coef.float(),
+            grad_coef=coef,
         )
 
     def _step_plain(self, items: Sequence[Parameter], coef: Tensor | None, square: Tensor) -> None:

@@ -40,4 +40,4 @@ def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float,
     if w0 is not None:
         r, a, slope = residual(w, w0, frozen_eps)
         total = total + 2 * lam * r * a * slope
-    return total.square().sum(dtype=torch.float64).to(total.dtype)
+    return total.square().sum(dtype=torch.float64)

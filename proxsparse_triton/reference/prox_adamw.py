@@ -96,8 +96,8 @@ def _store_moments(m: Tensor, v: Tensor, state: AdamState, words: Tensor | None,
     if state.exp_avg_scale is None or state.exp_avg_sq_scale is None:
         low = state.exp_avg.dtype == torch.bfloat16
         for target, value, shift in ((state.exp_avg, m, 16), (state.exp_avg_sq, v, 24)):
-            # Eight random bits, spread over sixteen.
-            rand16 = None if words is None else (words >> shift & 0xFF) * 257
+            # Eight random bits above half of what they leave out.
+            rand16 = None if words is None else ((words >> shift & 0xFF) << 8) + 0x80
             _write(target, round_bf16(value, rand16) if low else value, kept)
         return
     # A group has one scale: the moments of a block left alone keep their value and are coded anew with it.

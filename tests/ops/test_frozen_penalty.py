@@ -366,7 +366,7 @@ def test_gradient_square_is_the_square_of_the_sum(device: str, shape: tuple[int,
     torch.testing.assert_close(plain_square.double(), total.square().sum(), rtol=1e-5, atol=0)
     accumulate_frozen_penalty(w.double(), w0.double(), LAM, EPS, total)
     square = gradient_square(w, w0, LAM, EPS, grad, backend=backend)
-    assert (square.dtype, square.shape, square.requires_grad) == (torch.float32, torch.Size([]), False)
+    assert (square.dtype, square.shape, square.requires_grad) == (torch.float64, torch.Size([]), False)
     torch.testing.assert_close(square.double(), total.square().sum(), rtol=1e-5, atol=0)
     assert all(torch.equal(x, y) for x, y in zip((w, w0, grad), before, strict=True))
 

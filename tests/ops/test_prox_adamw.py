@@ -106,14 +106,15 @@ def test_it_is_the_chain_step_by_step(device: str, backend: str, clip_total: boo
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_kernel_is_the_reference(device: str, poisoned: None, shape: tuple[int, ...], storage: Storage, stochastic: bool) -> None:
     """Without a prox, whose rounding the chain's test covers. All but 1 number in 500 (2 in a small tensor) agree to fp32 rounding, those
-    by one step of their storage, where a rounding falls on the other side of a border."""
+    by one step of their storage, where a rounding falls on the other side of a border: 24-bit weights have a border every 256 ulp of the
+    fp32 arithmetic, in which the card's fused operations and the CPU differ by one or two, so there 1 in 50."""
     settings = dataclasses.replace(SPARSE, lambda1=0.0, stochastic=stochastic, seed=0xFEDCBA9876543210, offset=12345)
     expected = case(shape, storage)
     actual = expected.to(device)
     coef = torch.tensor(0.7)
     statistics = actual.step(settings, "triton", w0=actual.w0, grad_coef=coef.to(device))
     reference = expected.step(settings, "reference", w0=expected.w0, grad_coef=coef)
-    few = max(2, expected.w.numel() // 500)
+    few = max(2, expected.w.numel() // (50 if storage[1] == 8 else 500))
     torch.testing.assert_close(statistics[:2].cpu(), reference[:2], rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(statistics[2:].cpu(), reference[2:], rtol=0, atol=few)
     weight_step = {0: 2.0**-7, 8: 2.0**-15, 16: 2e-6}[storage[1] if storage[0] == BF16 else 16]
