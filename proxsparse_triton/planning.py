@@ -40,7 +40,8 @@ GPUS = {
     r"RTX 3090": (71, 0.94),
     r"T4\b": (65, 0.3),
 }
-UTILISATION = 0.5  # of the data sheet's TFLOP/s over forward and backward passes; large models reach more, small ones less
+# Of the data sheet's TFLOP/s over forward and backward passes: Llama-2-7B and Qwen2.5-14B, bf16, H200. Small models reach less.
+UTILISATION = 0.46
 BANDWIDTH = 0.8  # of the data sheet's TB/s in the optimiser's pass over the weights
 
 

@@ -162,15 +162,15 @@ def tops(z: Tensor) -> Tensor:
     return (LAM * z.abs()).sum(-1).view(-1, TILE).amax(-1)
 
 
-def assert_optimal(w: Tensor, z: Tensor) -> None:
-    """Objectives within 1e-6 |z|^2 / 2 of the reference in fp64, whose answers to the first blocks are the oracle's."""
+def assert_optimal(w: Tensor, z: Tensor, worse: float = WORSE) -> None:
+    """Objectives within `worse` |z|^2 / 2 of the reference in fp64, whose answers to the first blocks are the oracle's."""
     w, z = w.double(), z.double()
     best = objective(reference_prox.prox_24(z, LAM), z, LAM)
     oracle = objective(reference_prox.prox_24_exhaustive(z[:500], LAM), z[:500], LAM)
     scale = 0.5 * z.square().sum(-1)
     assert ((best[:500] - oracle).abs() <= 1e-9 * scale[:500]).all()
     gap = (objective(w, z, LAM) - best) / scale
-    wrong = ~(gap <= WORSE)  # a NaN is wrong too
+    wrong = ~(gap <= worse)  # a NaN is wrong too
     assert not wrong.any(), f"{int(wrong.sum())} of {len(z)}, first z {z[wrong][0].tolist()}: {w[wrong][0].tolist()}, {gap[wrong][0]:.1e}"
 
 
@@ -210,11 +210,11 @@ def two_minima(n: int = 64 * N) -> Tensor:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.06), (0.06, 0.2), (0.2, 0.5), (0.5, 0.7)])
 def test_sweeps(device: str, low: float, high: float) -> None:
-    """Each number of sweeps where it has the most to do: just below the sum from which there are more."""
+    """Each number of sweeps where it has the most to do: just below the sum from which there are more. To 2e-8, as `sweeps` says."""
     z = shuffled(easy_blocks(low, high))
     assert ((low < tops(z)) & (tops(z) <= high)).all()
     assert high <= SWEEPS_UP_TO.value
-    assert_optimal(run(z, device), z)
+    assert_optimal(run(z, device), z, 3e-8)
 
 
 @pytest.mark.parametrize("family", general_blocks(4))

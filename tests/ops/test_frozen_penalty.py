@@ -1,4 +1,4 @@
-"""`frozen_penalty` and `accumulate_frozen_penalty`: gradients, kernel against reference, what is kept for backward, errors."""
+"""`frozen_penalty`, its accumulation and `gradient_square`: gradients, kernel against reference, what is kept for backward, errors."""
 
 from __future__ import annotations
 
@@ -354,12 +354,15 @@ def test_memory_on_the_card(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_square_is_the_square_of_the_sum(device: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
-    """Against fp64, with and without the penalty; what it reads stays as it is."""
-    w, w0 = (x.to(device) for x in weights(shape, dtype))
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype).to(device)
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.bfloat16, torch.float32), *[(x, x, x) for x in LOW],
+                                    (torch.bfloat16, torch.bfloat16, torch.float32)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 6001)], ids=str)
+def test_gradient_square_is_the_square_of_the_sum(
+    device: str, poisoned: None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], backend: str
+) -> None:
+    """Against fp64, with and without the penalty; what it reads stays as it is. The largest shape takes three programs on the card."""
+    w, w0 = (x.to(device) for x in weights(shape, *dtypes[:2]))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtypes[2]).to(device)
     before = w.clone(), w0.clone(), grad.clone()
     total = grad.double()
     plain_square = gradient_square(w, None, LAM, EPS, grad, backend=backend)
@@ -369,6 +372,28 @@ def test_gradient_square_is_the_square_of_the_sum(device: str, shape: tuple[int,
     assert (square.dtype, square.shape, square.requires_grad) == (torch.float64, torch.Size([]), False)
     torch.testing.assert_close(square.double(), total.square().sum(), rtol=1e-5, atol=0)
     assert all(torch.equal(x, y) for x, y in zip((w, w0, grad), before, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [1, 767, 768, 769, 2000])
+def test_norm_pass_of_several_tiles(device: str, n: int) -> None:
+    """Programs of three tiles, which the interpreter does not get otherwise; nothing beyond the last weight is read."""
+    from proxsparse_triton.kernels.frozen_penalty import _gradient_square_kernel
+
+    w, w0 = (x.to(device) for x in weights((3000,)))
+    grad = torch.randn(3000, generator=torch.Generator().manual_seed(5)).to(device)
+    expected = reference.gradient_square(w[:n], w0[:n], LAM, EPS, grad[:n])
+    for x in (w, w0, grad):
+        x[n:] = NAN
+    partial = torch.full((-(-n // 768),), NAN, device=device)
+    _gradient_square_kernel[(len(partial),)](w, w0, grad, partial, LAM, EPS, n, HAS_W0=True, TILE=256, TILES=3)
+    torch.testing.assert_close(partial.sum(dtype=torch.float64), expected, rtol=1e-6, atol=0)
+
+
+@needs_triton
+def test_gradient_square_is_deterministic(device: str) -> None:
+    w, w0 = (x.to(device) for x in weights((63, 50)))
+    assert len({gradient_square(w, w0, LAM, EPS, w, backend="triton").item() for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
