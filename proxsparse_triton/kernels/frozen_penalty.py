@@ -84,7 +84,7 @@ def _gradient_square_kernel(
             w = tl.load(w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             w0 = tl.load(w0_ptr + offset, mask=inside, other=1.0).to(tl.float32)
             ratio = w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps)
-            a = ratio * reciprocal(ratio * ratio)
+            a = ratio * reciprocal(tl.maximum(ratio * ratio, 1e-37))
             total += 2 * lam * a * w * (w - w0) * a * (2 * w - w0)
         squares += tl.sum(total * total, axis=1)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(squares, axis=0))

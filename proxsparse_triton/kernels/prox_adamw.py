@@ -119,7 +119,7 @@ def _penalty(w, w0, lambda2, frozen_eps):
     """lambda2 r^2 and its derivative 2 lambda2 r a (2w - w0); only a^2 = 1 / (w0 + eps sgn(w0))^2 is needed."""
     ratio = w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps)
     product = w * (w - w0)
-    pull = lambda2 * reciprocal(ratio * ratio) * product
+    pull = lambda2 * reciprocal(tl.maximum(ratio * ratio, 1e-37)) * product  # a tiny eps must not make 0 / 0
     return pull * product, 2 * pull * (2 * w - w0)
 
 
