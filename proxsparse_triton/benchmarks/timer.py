@@ -167,6 +167,8 @@ class Roof:
     def __init__(self, place: Machine) -> None:
         size = ROOF_BYTES if place.device.type == "cuda" else ROOF_BYTES >> 4
         self._source, self._target = (torch.rand(ROOF_COPIES, size // 4, device=place.device) for _ in range(2))
+        self._moved = 2 * self._source[0].nbytes
+        self._on_gpu = self._source.is_cuda
         self.rival = Rival(self.NAME, self._copy, ROOF_COPIES)
 
     def _copy(self) -> None:
@@ -175,16 +177,15 @@ class Roof:
 
     def figures(self, timings: Mapping[str, Timing], name: str, moved: float) -> dict[str, object]:
         """The columns of a rival whose call moves `moved` bytes. No share of the roof on a CPU, where caches beat it."""
-        timing, roof = timings[name], 2 * self._source[0].nbytes / timings[self.NAME].median
+        timing, roof = timings[name], self._moved / timings[self.NAME].median
         rate = moved / timing.median
-        on_gpu = self._source.is_cuda
         return {
             "us": 1e6 * timing.median,
             "us_20": 1e6 * timing.low,
             "us_80": 1e6 * timing.high,
             "gb_per_s": rate / 1e9,
-            "roof_gb_per_s": roof / 1e9 if on_gpu else None,
-            "of_roof": rate / roof if on_gpu else None,
+            "roof_gb_per_s": roof / 1e9 if self._on_gpu else None,
+            "of_roof": rate / roof if self._on_gpu else None,
             "samples": timing.samples,
         }
 

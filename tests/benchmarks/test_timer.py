@@ -129,7 +129,7 @@ def test_the_roof_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timer, "ROOF_BYTES", 1 << 16)
     roof = Roof(machine("cpu"))
     moved = 2 * ((1 << 16) >> 4)
-    monkeypatch.setattr(roof, "_source", type("OnCard", (), {"is_cuda": True, "nbytes": moved // 2}))
+    monkeypatch.setattr(roof, "_on_gpu", True)  # a CPU has no roof
     timings = {"a": Timing(4.0, 4.0, 4.0, 1), Roof.NAME: Timing(2.0, 2.0, 2.0, 1)}
     figures = roof.figures(timings, "a", moved)
     assert figures["roof_gb_per_s"] == pytest.approx(moved / 2.0 / 1e9)
