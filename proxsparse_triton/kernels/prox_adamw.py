@@ -137,7 +137,7 @@ def _random(seed, counter, lane, STOCHASTIC: tl.constexpr):
 @triton.jit
 def _split(w, random, dtype: tl.constexpr, RESIDUAL_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr):
     """fp32 w -> what is stored of it, as fp32, and the residual's low bits."""
-    bits = _bits(w)
+    bits = tl.where(w == w, _bits(w), 0x7FC00000)  # random bits on top of a NaN of all ones would wrap around to -0.0
     if RESIDUAL_BITS == 0:
         if STOCHASTIC and dtype == tl.bfloat16:
             return _upper_half(bits + (random & 0xFFFF)), bits
