@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import reciprocal, round_to
+from .ptx import reciprocal, round_to
 from .launch import interpreted
 
 TILE = 1024
@@ -14,9 +14,18 @@ INTERPRETER_TILE = 1 << 16
 
 
 @triton.jit
+def penalty_terms(w, w0, lam, frozen_eps):
+    """lam r^2 and its derivative 2 lam r a (2w - w0). Only |a| matters to either."""
+    a = reciprocal(tl.abs(w0) + tl.maximum(frozen_eps, 1e-37))
+    r = a * (w * (w - w0))
+    pull = lam * r
+    return pull * r, 2 * pull * a * (2 * w - w0)
+
+
+@triton.jit
 def _frozen_penalty_kernel(
     w_ptr, w0_ptr, grad_ptr, partial_ptr, lam, frozen_eps, n,
-    ACCUMULATE: tl.constexpr, HAS_GRAD: tl.constexpr, TILE: tl.constexpr, EXPLICIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr, HAS_GRAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = lam * sum of r^2 over its TILE weights; grad = (grad +) 2 lam r a (2w - w0).
 
@@ -29,21 +38,18 @@ def _frozen_penalty_kernel(
     inside = offset < n
     w = tl.load(w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     w0 = tl.load(w0_ptr + offset, mask=inside, other=1.0).to(tl.float32)
-    a = 1 / (w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps))
-    r = a * w * (w - w0)
-    tl.store(partial_ptr + tl.program_id(0), lam * tl.sum(tl.sum(r * r, axis=1), axis=0))
+    value, grad = penalty_terms(w, w0, lam, frozen_eps)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(value, axis=1), axis=0))
     if HAS_GRAD:
-        grad = 2 * lam * r * a * (2 * w - w0)
         if ACCUMULATE:
             grad += tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_ptr + offset, round_to(grad, grad_ptr.dtype.element_ty, EXPLICIT), mask=inside)
+        tl.store(grad_ptr + offset, round_to(grad, grad_ptr.dtype.element_ty), mask=inside)
 
 
 def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: Tensor | None, accumulate: bool) -> Tensor:
     """Value as an fp32 scalar; writes or adds the gradient into contiguous `grad` where given. w, w0 contiguous."""
     n = w.numel()
-    explicit = interpreted(_frozen_penalty_kernel)
-    tile = INTERPRETER_TILE if explicit else TILE
+    tile = INTERPRETER_TILE if interpreted(_frozen_penalty_kernel) else TILE
     programs = triton.cdiv(n, tile)
     if programs == 0:
         return torch.zeros((), dtype=torch.float32, device=w.device)
@@ -61,7 +67,6 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: T
             ACCUMULATE=accumulate,
             HAS_GRAD=grad is not None,
             TILE=tile,
-            EXPLICIT=explicit,
         )
     return partial.sum(dtype=torch.float64).to(torch.float32)
 
@@ -83,9 +88,7 @@ def _gradient_square_kernel(
         if HAS_W0:
             w = tl.load(w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             w0 = tl.load(w0_ptr + offset, mask=inside, other=1.0).to(tl.float32)
-            ratio = w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps)
-            a = ratio * reciprocal(tl.maximum(ratio * ratio, 1e-37))
-            total += 2 * lam * a * w * (w - w0) * a * (2 * w - w0)
+            total += penalty_terms(w, w0, lam, frozen_eps)[1]
         squares += tl.sum(total * total, axis=1)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(squares, axis=0))
 
@@ -93,8 +96,7 @@ def _gradient_square_kernel(
 def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor) -> Tensor:
     """Sum of (grad + penalty gradient)^2 as an fp64 scalar; all contiguous."""
     n = w.numel()
-    explicit = interpreted(_gradient_square_kernel)
-    tile, tiles = (INTERPRETER_TILE, 1) if explicit else (TILE, TILES)
+    tile, tiles = (INTERPRETER_TILE, 1) if interpreted(_gradient_square_kernel) else (TILE, TILES)
     programs = triton.cdiv(n, tile * tiles)
     if programs == 0:
         return torch.zeros((), dtype=torch.float64, device=w.device)

@@ -17,11 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..step import AdamState, StepSettings
-from .block import load_blocks, prox_tile, reciprocal, round_to, some, store_blocks, unpack_blocks
+from .block import column, inside, join, load_blocks, store_blocks, store_words, unpack_blocks, weights_of
+from .frozen_penalty import penalty_terms
 from .launch import fused, interpreted
-from .prox import MIN_SCALE
+from .prox import load_scale
+from .ptx import reciprocal, signed, upper_halves
+from .solver import largest, prox_magnitude
 
 STATISTICS = 4
+PHILOX_ROUNDS = tl.constexpr(7)
+PHILOX_MULTIPLIER = tl.constexpr(0xD256D193)
+PHILOX_KEY_STEP = tl.constexpr(0x9E3779B9)
 SMALLEST_LAM = 2.0**-126  # the least normal fp32: anything below acts as 0
 
 
@@ -36,27 +42,42 @@ def _real(bits):
 
 
 @triton.jit
-def _upper_half(bits):
-    """fp32 bits -> the bf16 number of their upper half, as fp32."""
-    return _real(bits & -65536)
-
-
-@triton.jit
-def _rounded(x, random8, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr):
-    """A moment as its storage type will hold it; stochastic rounding to bf16 keeps what bf16 can represent."""
-    if STOCHASTIC and dtype == tl.bfloat16:
-        return _upper_half(_bits(x) + (random8 << 8) + 0x80)
-    else:
-        return round_to(x, dtype, EXPLICIT).to(tl.float32)
-
-
-@triton.jit
-def _random_unit(random8, STOCHASTIC: tl.constexpr):
-    """(random8 + 1/2) / 256 by its bits in [1, 2): conversions run at an eighth of the rate of arithmetic."""
+def _random16(key, counter_high, counter, STOCHASTIC: tl.constexpr):
+    """16 random bits for each weight of blocks, Philox2x32-7 of the block's place: independent of tiles and shards. int32
+    [TILE_BLOCKS, 4]."""
     if STOCHASTIC:
-        return _real((random8 << 15) | 0x3F800000) - (1 - 1.0 / 512)
+        key = key.to(tl.uint32, bitcast=True)
+        a = counter.to(tl.uint32, bitcast=True)
+        b = tl.zeros_like(a) + counter_high.to(tl.uint32, bitcast=True)
+        for _ in tl.static_range(PHILOX_ROUNDS):
+            product = a.to(tl.uint64) * PHILOX_MULTIPLIER
+            a = (product >> 32).to(tl.uint32) ^ b ^ key
+            b = product.to(tl.uint32)
+            key += PHILOX_KEY_STEP
+        words = join(a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16)
+        return words.to(tl.int32, bitcast=True)
     else:
-        return tl.zeros_like(random8).to(tl.float32) + 0.5
+        return tl.zeros_like(counter)[:, None] + 0 * tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def _store_rounded(ptr, x, random, tile, mask, STOCHASTIC: tl.constexpr):
+    """fp32 in the storage type; stochastic rounding to bf16 keeps what bf16 can represent."""
+    if STOCHASTIC and ptr.dtype.element_ty == tl.bfloat16:
+        x = _real(_bits(x) + random)
+        first = upper_halves(column(x, 0), column(x, 1))
+        store_words(ptr, first, upper_halves(column(x, 2), column(x, 3)), tile, mask)
+    else:
+        store_blocks(ptr, x, tile, mask)
+
+
+@triton.jit
+def _random_unit(random, STOCHASTIC: tl.constexpr):
+    """(random + 1/2) / 2^16 by its bits in [1, 2): conversions run at an eighth of the rate of arithmetic."""
+    if STOCHASTIC:
+        return _real((random << 7) | 0x3F800000) - (1 - 1.0 / 131072)
+    else:
+        return tl.zeros_like(random).to(tl.float32) + 0.5
 
 
 @triton.jit
@@ -75,12 +96,6 @@ def _nearest(x):
 def _to_code(x):
     """A whole fp32 number in [0, 2^23) -> int32, by its bits."""
     return _bits(x + 8388608.0) & 0x7FFFFF
-
-
-@triton.jit
-def _largest(x):
-    """Of non-negative numbers, which order like their bits."""
-    return _real(tl.max(tl.max(_bits(x), axis=1), axis=0))
 
 
 @triton.jit
@@ -115,195 +130,163 @@ def _moments(m_raw, v_raw, m_scale, v_scale, EIGHT_BIT: tl.constexpr):
 
 
 @triton.jit
-def _penalty(w, w0, lambda2, frozen_eps):
-    """lambda2 r^2 and its derivative 2 lambda2 r a (2w - w0); only a^2 = 1 / (w0 + eps sgn(w0))^2 is needed."""
-    ratio = w0 + tl.where(w0 < 0, -frozen_eps, frozen_eps)
-    product = w * (w - w0)
-    pull = lambda2 * reciprocal(tl.maximum(ratio * ratio, 1e-37)) * product  # a tiny eps must not make 0 / 0
-    return pull * product, 2 * pull * (2 * w - w0)
-
-
-@triton.jit
-def _random(seed, counter, lane, STOCHASTIC: tl.constexpr):
-    """32 random bits a weight, from one Philox call a block; their order does not depend on tiles or shards."""
-    if STOCHASTIC:
-        r0, r1, r2, r3 = tl.randint4x(seed, counter.to(tl.uint32, bitcast=True), n_rounds=7)
-        words = tl.where(lane < 2, tl.where(lane == 0, r0[:, None], r1[:, None]), tl.where(lane == 2, r2[:, None], r3[:, None]))
-        return words.to(tl.int32, bitcast=True)
-    else:
-        return tl.zeros_like(counter)[:, None] + 0 * lane
-
-
-@triton.jit
-def _split(w, random, dtype: tl.constexpr, RESIDUAL_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr):
-    """fp32 w -> what is stored of it, as fp32, and the residual's low bits."""
-    bits = tl.where(w == w, _bits(w), 0x7FC00000)  # random bits on top of a NaN of all ones would wrap around to -0.0
-    if RESIDUAL_BITS == 0:
-        if STOCHASTIC and dtype == tl.bfloat16:
-            return _upper_half(bits + (random & 0xFFFF)), bits
-        else:
-            return round_to(w, dtype, EXPLICIT).to(tl.float32), bits
-    else:
-        if RESIDUAL_BITS == 8:
-            if STOCHASTIC:
-                bits = (bits + (random & 0xFF)) & -256
-            else:
-                bits = (bits + 0x7F + ((bits >> 8) & 1)) & -256
-        high = (bits + 0x8000) & -65536
-        return _real(high), (bits - high) >> (16 - RESIDUAL_BITS)
-
-
-@triton.jit
 def _adamw(
     w, m, v, grad, pull, coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction,
     HAS_W0: tl.constexpr, CLIP_TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """The step without the prox: (w, m, v, squared gradient of each block, whether the block has a gradient that is not finite)."""
+    """The step without the prox: (w, m, v, squared gradient of each block, 0, or NaN where the block has a gradient that is not finite)."""
     total = grad
     if HAS_W0:
         total = grad + pull
     g = coef * total
     square = tl.sum(total * total, axis=1)
-    broken = (square - square) != 0  # infinite or NaN
+    poison = square - square  # infinite or NaN
     if HAS_W0 and not CLIP_TOTAL:
         g = coef * grad + pull
         square = tl.sum(grad * grad, axis=1)
     m += beta1_rest * (g - m)
     v = beta2 * v + beta2_rest * g * g
-    return w * decay - step_size * m * reciprocal(tl.sqrt(v) * root_correction + eps), m, v, square, broken
+    return w * decay - step_size * m * reciprocal(tl.sqrt(v) * root_correction + eps), m, v, square, poison
 
 
 @triton.jit
 def _store_moments(
-    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, block, writable, group_writable,
-    EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr,
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, tile, mask, writing,
+    EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    m_random = (random >> 16) & 0xFF
-    v_random = (random >> 24) & 0xFF
     if EIGHT_BIT:
-        offset = block[:, None] * 4 + tl.arange(0, 4)[None, :]
-        writing = (block < writable)[:, None]
-        m_scale = _largest(tl.abs(m))
-        v_scale = _largest(v)
-        tl.store(m_ptr + offset, _encode_first(m, m_scale, _random_unit(m_random, STOCHASTIC)), mask=writing)
-        tl.store(v_ptr + offset, _encode_second(v, v_scale, _random_unit(v_random, STOCHASTIC)), mask=writing)
-        tl.store(m_scale_ptr, m_scale, mask=group_writable)
-        tl.store(v_scale_ptr, v_scale, mask=group_writable)
+        m_scale = largest(tl.max(_bits(tl.abs(m)), axis=1).to(tl.float32, bitcast=True))
+        v_scale = largest(tl.max(_bits(v), axis=1).to(tl.float32, bitcast=True))
+        unit = _random_unit(random, STOCHASTIC)
+        tl.store(weights_of(m_ptr, tile, mask.shape[0]), _encode_first(m, m_scale, unit), mask=mask[:, None])
+        tl.store(weights_of(v_ptr, tile, mask.shape[0]), _encode_second(v, v_scale, unit), mask=mask[:, None])
+        tl.store(m_scale_ptr + tile, m_scale, mask=writing)
+        tl.store(v_scale_ptr + tile, v_scale, mask=writing)
     else:
-        store_blocks(m_ptr, _rounded(m, m_random, m_ptr.dtype.element_ty, STOCHASTIC, EXPLICIT), block, writable)
-        store_blocks(v_ptr, _rounded(v, v_random, v_ptr.dtype.element_ty, STOCHASTIC, EXPLICIT), block, writable)
+        _store_rounded(m_ptr, m, random, tile, mask, STOCHASTIC)
+        _store_rounded(v_ptr, v, random, tile, mask, STOCHASTIC)
+
+
+@triton.jit
+def _store_weight(w_ptr, residual_ptr, w, random, tile, mask, RESIDUAL_BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """The weight and its residual: the bits below those that bf16, to nearest, keeps."""
+    if RESIDUAL_BITS == 0:
+        _store_rounded(w_ptr, w, random, tile, mask, STOCHASTIC)
+    else:
+        bits = _bits(w)
+        if RESIDUAL_BITS == 8:
+            if STOCHASTIC:
+                bits = (bits + (random & 0xFF)) & -256
+            else:
+                bits = (bits + 0x7F + ((bits >> 8) & 1)) & -256
+        nearest = bits + 0x8000
+        first = upper_halves(_real(column(nearest, 0)), _real(column(nearest, 1)))
+        store_words(w_ptr, first, upper_halves(_real(column(nearest, 2)), _real(column(nearest, 3))), tile, mask)
+        low = (bits - (nearest & -65536)) >> (16 - RESIDUAL_BITS)
+        tl.store(weights_of(residual_ptr, tile, mask.shape[0]), low.to(residual_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
 def _step_tile(
-    w_raw, grad_raw, m_raw, v_raw, w_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, residual_ptr, w0_ptr, scale_ptr,
-    coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, lambda2, frozen_eps,
-    seed, counter, block, column_block, left, writable, group_left, group_writable,
+    w_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, residual_ptr, w0_ptr, scale_ptr,
+    coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, rate, lambda2, frozen_eps,
+    key, counter_high, first_block, row_blocks, tile, here, writing,
     HAS_W0: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_PROX: tl.constexpr, CLIP_TOTAL: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, EXPLICIT: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile: (penalty, squared gradient, is 2:4, is broken) of each block, [TILE_BLOCKS] each."""
-    lane = tl.arange(0, 4)[None, :]
-    inside = (block < left)[:, None]
-    offset = block[:, None] * 4 + lane
+    """One tile: (penalty, squared gradient, is 2:4, is broken) of each block."""
+    w_raw = load_blocks(w_ptr, tile, here)
+    grad = unpack_blocks(load_blocks(grad_ptr, tile, here))
+    m_raw = load_blocks(m_ptr, tile, here)
+    v_raw = load_blocks(v_ptr, tile, here)
     m_scale = 1.0
     v_scale = 1.0
     if EIGHT_BIT:
-        m_scale = tl.load(m_scale_ptr, mask=group_left, other=0.0)
-        v_scale = tl.load(v_scale_ptr, mask=group_left, other=0.0)
+        m_scale = tl.load(m_scale_ptr + tile)
+        v_scale = tl.load(v_scale_ptr + tile)
     m_old, v_old = _moments(m_raw, v_raw, m_scale, v_scale, EIGHT_BIT)
-    w_old = unpack_blocks(w_raw)
+    w = unpack_blocks(w_raw)
     if RESIDUAL_BITS > 0:
-        w_old = _real(_bits(w_old) + (tl.load(residual_ptr + offset, mask=inside, other=0).to(tl.int32) << (16 - RESIDUAL_BITS)))
-    grad = unpack_blocks(grad_raw)
+        low = tl.load(weights_of(residual_ptr, tile, TILE_BLOCKS), mask=here[:, None], other=0)
+        w = _real(_bits(w) + (low.to(tl.int32) << (16 - RESIDUAL_BITS)))
     penalty = tl.zeros_like(grad)
     pull = tl.zeros_like(grad)
     if HAS_W0:
-        penalty, pull = _penalty(w_old, unpack_blocks(load_blocks(w0_ptr, block, left)), lambda2, frozen_eps)
-    w, m, v, square, broken = _adamw(
-        w_old, m_old, v_old, grad, pull, coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, HAS_W0, CLIP_TOTAL
+        penalty, pull = penalty_terms(w, unpack_blocks(load_blocks(w0_ptr, tile, here)), lambda2, frozen_eps)
+    w, m, v, square, poison = _adamw(
+        w, m_old, v_old, grad, pull, coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, HAS_W0, CLIP_TOTAL
     )
+    broken = poison != 0
+    # The interpreter cannot spread a truth value over a tile, but a number.
+    writable = here & (tl.zeros_like(square) + (coef - coef) == 0)
+    kept_out = writable & (broken == 0)
+    block = tl.arange(0, TILE_BLOCKS)
+    random = _random16(key, counter_high, (first_block + tl.cast(tile, tl.int64) * TILE_BLOCKS).to(tl.int32) + block, STOCHASTIC)
+    # Before the prox, which then has the registers for itself.
+    if EIGHT_BIT:  # its group is coded anew: a block that is left alone keeps its value
+        m = tl.where(broken[:, None], m_old, m)
+        v = tl.where(broken[:, None], v_old, v)
+        _store_moments(m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, tile, writable, writing, True, STOCHASTIC)
+    else:
+        _store_moments(m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, tile, kept_out, writing, False, STOCHASTIC)
+    nan = w != w
     if HAS_PROX:
         scale = w
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + column_block[:, None] * 4 + lane, mask=inside, other=1.0).to(tl.float32)
-            scale = tl.maximum(scale, MIN_SCALE)
-        w = prox_tile(w, scale, lambda1, HAS_SCALE, EXPLICIT)
-    if some(broken):
-        w = tl.where(broken[:, None], w_old, w)
-        m = tl.where(broken[:, None], m_old, m)
-        v = tl.where(broken[:, None], v_old, v)
-    random = _random(seed, counter, lane, STOCHASTIC)
-    stored, low = _split(w, random, w_ptr.dtype.element_ty, RESIDUAL_BITS, STOCHASTIC, EXPLICIT)
-    store_blocks(w_ptr, stored, block, writable)
-    if RESIDUAL_BITS > 0:
-        tl.store(residual_ptr + offset, low.to(residual_ptr.dtype.element_ty), mask=(block < writable)[:, None])
-    _store_moments(m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m, v, random, block, writable, group_writable, EIGHT_BIT, STOCHASTIC, EXPLICIT)
-    is_24 = tl.where((block < left) & (tl.sum(tl.where(stored == 0, 1.0, 0.0), axis=1) >= 2), 1.0, 0.0)
-    return tl.sum(penalty, axis=1), square, is_24, tl.where((block < left) & broken, 1.0, 0.0)
+            scale = load_scale(scale_ptr, tile, row_blocks, TILE_BLOCKS)
+        w = signed(prox_magnitude(w, scale, lambda1, rate, poison, HAS_SCALE), w)
+        first = column(w, 0)
+        nan = (first != first)[:, None]  # all of a block or none
+    # The card's own NaN is all ones: anything added to its bits would wrap around to -0.0.
+    w = tl.where(nan, float("nan"), w)
+    _store_weight(w_ptr, residual_ptr, w, random, tile, kept_out, RESIDUAL_BITS, STOCHASTIC)
+    is_24 = tl.where(here & (tl.sum(tl.where(w == 0, 1.0, 0.0), axis=1) >= 2), 1.0, 0.0)
+    return tl.sum(penalty, axis=1), square, is_24, tl.where(here & broken, 1.0, 0.0)
 
 
 # A key or an offset must not be a compile-time constant or a reason to compile again.
-@triton.jit(do_not_specialize=["seed", "first_block", "step_size", "decay", "root_correction", "lambda1", "lambda2"])
+@triton.jit(do_not_specialize=["key", "counter_high", "first_block", "step_size", "decay", "root_correction", "lambda1", "lambda2"])
 def _prox_adamw_kernel(
     w_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, residual_ptr, w0_ptr, scale_ptr, coef_ptr, partial_ptr,
     step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, lambda2, frozen_eps,
-    seed, first_block, n_blocks, row_blocks,
+    key, counter_high, first_block, n_blocks, row_blocks,
     HAS_W0: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_COEF: tl.constexpr, HAS_PROX: tl.constexpr, CLIP_TOTAL: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, TILES: tl.constexpr, EXPLICIT: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program (one warp) owns TILES consecutive tiles of TILE_BLOCKS blocks; 8-bit moments: a tile is one group of 32 blocks.
+    """A program (one warp) takes every num_programs-th tile of TILE_BLOCKS blocks; 8-bit moments: a tile is one group of 32 blocks.
 
-    The next tile is loaded before the current one is stepped. partial[program] = (penalty, sum of squared gradients, 2:4 blocks, blocks
-    with a non-finite gradient). A thread writes only what it has read. A non-finite coefficient means that nothing is written; a block
-    with a non-finite gradient keeps its values.
+    partial[program] = (penalty, sum of squared gradients, 2:4 blocks, blocks with a non-finite gradient). A thread writes only what it has
+    read. A non-finite coefficient means that nothing is written; a block with a non-finite gradient keeps its values. EVEN: the last
+    tile is whole.
     """
+    coef = tl.full((), 1.0, tl.float32)
+    if HAS_COEF:
+        coef = tl.load(coef_ptr).to(tl.float32)
+    writing = (coef - coef) == 0
+    rate = 1.0
+    if HAS_PROX:
+        rate = 1 / lambda1
+    program = tl.program_id(0)
     penalty = tl.zeros([TILE_BLOCKS], tl.float32)
     squares = tl.zeros([TILE_BLOCKS], tl.float32)
     count_24 = tl.zeros([TILE_BLOCKS], tl.float32)
     count_broken = tl.zeros([TILE_BLOCKS], tl.float32)
-    coef = tl.full((), 1.0, tl.float32)
-    if HAS_COEF:
-        coef = tl.load(coef_ptr).to(tl.float32)
-    # 64-bit arithmetic once a program; within it offsets are small.
-    program = tl.program_id(0).to(tl.int64)
-    first = program * (TILE_BLOCKS * TILES)
-    at = first * 4
-    left = tl.minimum(n_blocks - first, TILE_BLOCKS * TILES).to(tl.int32)
-    writable = tl.where((coef - coef) == 0, left, 0)  # nothing where the coefficient is not finite
-    column = (first % row_blocks).to(tl.int32)
-    counter = (first_block + first).to(tl.int32)
-    block = tl.arange(0, TILE_BLOCKS)
-    w_raw = load_blocks(w_ptr + at, block, left)
-    grad_raw = load_blocks(grad_ptr + at, block, left)
-    m_raw = load_blocks(m_ptr + at, block, left)
-    v_raw = load_blocks(v_ptr + at, block, left)
-    for tile in range(TILES):
-        w, grad, m, v = w_raw, grad_raw, m_raw, v_raw
-        following = block + TILE_BLOCKS
-        w_raw = load_blocks(w_ptr + at, following, left)
-        grad_raw = load_blocks(grad_ptr + at, following, left)
-        m_raw = load_blocks(m_ptr + at, following, left)
-        v_raw = load_blocks(v_ptr + at, following, left)
-        group = program * TILES + tile
+    for tile in range(program, tl.cdiv(n_blocks, TILE_BLOCKS), tl.num_programs(0)):
         value, square, is_24, broken = _step_tile(
-            w, grad, m, v, w_ptr + at, m_ptr + at, v_ptr + at, m_scale_ptr + group, v_scale_ptr + group,
-            residual_ptr + at, w0_ptr + at, scale_ptr,
-            coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, lambda2, frozen_eps,
-            seed, counter + block, block, (column + block) % row_blocks, left, writable,
-            tile * TILE_BLOCKS < left, tile * TILE_BLOCKS < writable,
-            HAS_W0, HAS_SCALE, HAS_PROX, CLIP_TOTAL, RESIDUAL_BITS, EIGHT_BIT, STOCHASTIC, EXPLICIT,
+            w_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, residual_ptr, w0_ptr, scale_ptr,
+            coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, rate, lambda2, frozen_eps,
+            key, counter_high, first_block, row_blocks, tile, inside(tile, n_blocks, EVEN, TILE_BLOCKS), writing,
+            HAS_W0, HAS_SCALE, HAS_PROX, CLIP_TOTAL, RESIDUAL_BITS, EIGHT_BIT, STOCHASTIC, TILE_BLOCKS,
         )  # fmt: skip
         penalty += value
         squares += square
         count_24 += is_24
         count_broken += broken
-        block = following
-    tl.store(partial_ptr + program * 4, tl.sum(penalty, axis=0))
-    tl.store(partial_ptr + program * 4 + 1, tl.sum(squares, axis=0))
-    tl.store(partial_ptr + program * 4 + 2, tl.sum(count_24, axis=0))
-    tl.store(partial_ptr + program * 4 + 3, tl.sum(count_broken, axis=0))
+    at = partial_ptr + program * 4
+    tl.store(at, tl.sum(penalty, axis=0))
+    tl.store(at + 1, tl.sum(squares, axis=0))
+    tl.store(at + 2, tl.sum(count_24, axis=0))
+    tl.store(at + 3, tl.sum(count_broken, axis=0))
 
 
 def prox_adamw(
@@ -318,11 +301,10 @@ def prox_adamw(
     """The step on contiguous tensors, in place; fp64 [4]: penalty, squared gradient norm, 2:4 blocks, blocks with a non-finite gradient."""
     n_blocks = w.numel() // 4
     eight_bit = state.exp_avg_scale is not None
-    explicit = interpreted(_prox_adamw_kernel)
-    launch = fused(explicit, eight_bit)
-    programs = triton.cdiv(n_blocks, launch.tile_blocks * launch.tiles)
-    if programs == 0:
+    if n_blocks == 0:
         return torch.zeros(STATISTICS, dtype=torch.float64, device=w.device)
+    launch = fused(interpreted(_prox_adamw_kernel), eight_bit)
+    programs = launch.programs(n_blocks, w.device)
     partial = torch.empty(programs, STATISTICS, dtype=torch.float32, device=w.device)
     s = settings
     with torch.cuda.device_of(w):
@@ -349,9 +331,8 @@ def prox_adamw(
             RESIDUAL_BITS=0 if state.residual is None else 8 * state.residual.element_size(),
             EIGHT_BIT=eight_bit,
             STOCHASTIC=s.stochastic,
+            EVEN=n_blocks % launch.tile_blocks == 0,
             TILE_BLOCKS=launch.tile_blocks,
-            TILES=launch.tiles,
-            EXPLICIT=explicit,
             num_warps=launch.num_warps,
         )
     return partial.sum(0, dtype=torch.float64)
@@ -360,5 +341,5 @@ def prox_adamw(
 def _scalars(s: StepSettings) -> tuple[float, ...]:
     """From step_size to first_block, in the kernel's order; corrections and differences in fp64 before they become fp32."""
     adam = (s.lr / (1 - s.beta1**s.step), 1 - s.lr * s.weight_decay, s.eps, 1 - s.beta1, s.beta2, 1 - s.beta2)
-    key = s.seed - (1 << 64) if s.seed >= 1 << 63 else s.seed  # a launcher passes 64 bits as a signed integer
-    return *adam, 1 / math.sqrt(1 - s.beta2**s.step), s.lambda1, s.lambda2, s.frozen_eps, key, s.offset
+    key, counter_high = (half - (1 << 32) if half >= 1 << 31 else half for half in (s.seed & 0xFFFFFFFF, s.seed >> 32))  # signed words
+    return *adam, 1 / math.sqrt(1 - s.beta2**s.step), s.lambda1, s.lambda2, s.frozen_eps, key, counter_high, s.offset

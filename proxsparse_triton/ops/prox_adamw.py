@@ -45,7 +45,7 @@ def prox_adamw_(
         grad_coef: scalar tensor on w's device, or None for 1. Where it is not finite nothing is written but the statistics.
         backend: see `prox_24`.
     Returns: fp64 [4] on w's device, without a host sync: penalty value at the old weight · squared norm of grad + p (of grad without
-        `clip_total`), before `grad_coef` · number of 2:4 blocks of the new w · number of blocks that keep w and its state since their
+        `clip_total`), before `grad_coef` · number of blocks of the new w that were stepped and are 2:4 · number of blocks that keep w and its state since their
         gradient, or its square in fp32, is not finite.
     Raises: TypeError: dtypes that do not fit together, a sparse gradient. ShapeError: in_features not divisible by 4, a tensor of another
         shape. ConfigError: tensors on several devices, state that is not contiguous or not whole. BackendError: backend not available.

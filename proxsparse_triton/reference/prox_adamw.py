@@ -17,9 +17,9 @@ from .storage import (
     encode_first,
     encode_second,
     join_residual,
+    random_bits,
     round_bf16,
     split_residual,
-    words_of,
 )
 
 
@@ -35,7 +35,7 @@ def prox_adamw(
     """p = 2 lambda2 r a (2w - w0);  g = coef (grad + p), or coef grad + p;  AdamW;  w = prox_lambda1(w); all stored rounded, in place.
 
     Computes in fp32, or fp64 for fp64 weights. Returns fp64 [4]: penalty value, squared norm of the gradient before clipping, number of 2:4
-    blocks, number of blocks left alone because their gradient (its square, for a norm must be) is not finite.
+    blocks among those that were stepped, number of blocks left alone because their gradient (its square, for a norm must be) is not finite.
     """
     precision = torch.float64 if w.dtype == torch.float64 else torch.float32
     x = w.to(precision) if state.residual is None else join_residual(w, state.residual)
@@ -52,15 +52,16 @@ def prox_adamw(
     g = coef * total if settings.clip_total else coef * loss_grad + penalty_grad
 
     finite = total.square().isfinite().unflatten(-1, (-1, BLOCK)).all(-1)
-    kept = (finite & coef.isfinite()).repeat_interleave(BLOCK, -1)
+    stepped = finite & coef.isfinite()
+    kept = stepped.repeat_interleave(BLOCK, -1)
     new_m, new_v, new_x = _adamw(x, m, v, g, settings)
     new_x = prox_24(new_x, settings.lambda1, column_scale=column_scale)
     new_x, new_m, new_v = torch.where(kept, new_x, x), torch.where(kept, new_m, m), torch.where(kept, new_v, v)
-    words = words_of(w, settings.seed, settings.offset) if settings.stochastic else None
-    _store_weight(w, new_x, state, words, kept)
-    _store_moments(new_m, new_v, state, words, kept, coef.isfinite())
-    blocks = (w.unflatten(-1, (-1, BLOCK)) != 0).sum(-1) <= KEPT
-    return torch.stack([penalty, square, blocks.sum().double(), (~finite).sum().double()])
+    rand16 = random_bits(w, settings.seed, settings.offset) if settings.stochastic else None
+    _store_weight(w, new_x, state, rand16, kept)
+    _store_moments(new_m, new_v, state, rand16, kept, coef.isfinite())
+    sparse = (w.unflatten(-1, (-1, BLOCK)) != 0).sum(-1) <= KEPT
+    return torch.stack([penalty, square, (sparse & stepped).sum().double(), (~finite).sum().double()])
 
 
 def _moments(state: AdamState, precision: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,29 +83,27 @@ def _write(target: Tensor, value: Tensor, kept: Tensor) -> None:
     target.copy_(torch.where(kept, value, target))
 
 
-def _store_weight(w: Tensor, x: Tensor, state: AdamState, words: Tensor | None, kept: Tensor) -> None:
+def _store_weight(w: Tensor, x: Tensor, state: AdamState, rand16: Tensor | None, kept: Tensor) -> None:
     if state.residual is not None:
-        high, low = split_residual(x, state.residual.dtype, None if words is None else words & 0xFF)
+        high, low = split_residual(x, state.residual.dtype, None if rand16 is None else rand16 & 0xFF)
         _write(state.residual, low, kept)
         _write(w, high, kept)
     else:
-        stored = round_bf16(x, None if words is None else words & 0xFFFF) if w.dtype == torch.bfloat16 else x
+        stored = round_bf16(x, rand16) if w.dtype == torch.bfloat16 else x
         _write(w, torch.where(stored == 0, 0.0, stored), kept)  # a negative number that rounds to zero becomes +0.0 too
 
 
-def _store_moments(m: Tensor, v: Tensor, state: AdamState, words: Tensor | None, kept: Tensor, alive: Tensor) -> None:
+def _store_moments(m: Tensor, v: Tensor, state: AdamState, rand16: Tensor | None, kept: Tensor, alive: Tensor) -> None:
     if state.exp_avg_scale is None or state.exp_avg_sq_scale is None:
         low = state.exp_avg.dtype == torch.bfloat16
-        for target, value, shift in ((state.exp_avg, m, 16), (state.exp_avg_sq, v, 24)):
-            # Eight random bits above half of what they leave out.
-            rand16 = None if words is None else ((words >> shift & 0xFF) << 8) + 0x80
+        for target, value in ((state.exp_avg, m), (state.exp_avg_sq, v)):
             _write(target, round_bf16(value, rand16) if low else value, kept)
         return
     # A group has one scale: the moments of a block left alone keep their value and are coded anew with it.
-    first, second = (0.5, 0.5) if words is None else (((words >> shift & 0xFF) + 0.5) / 256 for shift in (16, 24))
+    uniform = 0.5 if rand16 is None else (rand16 + 0.5) / 65536
     for target, scale, (codes, new_scale) in (
-        (state.exp_avg, state.exp_avg_scale, encode_first(m, first)),
-        (state.exp_avg_sq, state.exp_avg_sq_scale, encode_second(v, second)),
+        (state.exp_avg, state.exp_avg_scale, encode_first(m, uniform)),
+        (state.exp_avg_sq, state.exp_avg_sq_scale, encode_second(v, uniform)),
     ):
         _write(target, codes, alive)
         _write(scale, new_scale, alive)

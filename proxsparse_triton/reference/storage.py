@@ -18,27 +18,30 @@ ROUNDS = 7
 
 
 def random_words(seed: int, offset: int, blocks: int, device: torch.device) -> Tensor:
-    """Philox4x32-7 with key `seed` and counters offset, offset + 1, ...: [blocks, 4] words in int64, one word a weight.
+    """Philox2x32-7 of the counters offset, offset + 1, ... (modulo 2^32), key and upper counter from the halves of `seed`: [blocks, 2] words
+    in int64.
 
-    The word of a weight depends on its place in the whole tensor only, so shards and launch order change nothing.
-
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; equal to triton's `tl.randint4x(seed, counter, n_rounds=7)`.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    counter = torch.arange(offset, offset + blocks, device=device)
-    c0, c1 = counter & WORD, counter >> 32
-    c2 = c3 = torch.zeros_like(counter)
-    k0, k1 = seed & WORD, seed >> 32
+    c0 = torch.arange(offset, offset + blocks, device=device) & WORD
+    c1 = torch.full_like(c0, seed >> 32)
+    key = seed & WORD
     for _ in range(ROUNDS):
         # A product of two words wraps around in int64 without loss: its 64 bits are right, only their reading as a sign is not.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32 & WORD) ^ c1 ^ k0, b & WORD, (a >> 32 & WORD) ^ c3 ^ k1, a & WORD
-        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    return torch.stack([c0, c1, c2, c3], -1)
+        product = c0 * 0xD256D193
+        c0, c1 = (product >> 32 & WORD) ^ c1 ^ key, product & WORD
+        key = (key + 0x9E3779B9) & WORD
+    return torch.stack([c0, c1], -1)
 
 
-def words_of(w: Tensor, seed: int, offset: int) -> Tensor:
-    """One random word for each weight of w [..., in_features], int64 of its shape."""
-    return random_words(seed, offset, w.numel() // BLOCK, w.device).view(w.shape)
+def random_bits(w: Tensor, seed: int, offset: int) -> Tensor:
+    """16 random bits for each weight of w [..., in_features], int64 of its shape: the lower and upper halves of its block's two words.
+
+    They depend on the weight's place in the whole tensor only, so shards and launch order change nothing. What is rounded of one weight
+    (itself and its two moments) shares them: each is right in the mean, and that is what counts.
+    """
+    words = random_words(seed, offset, w.numel() // BLOCK, w.device)
+    return torch.stack([words & 0xFFFF, words >> 16], -1).view(w.shape)
 
 
 def bits_of(x: Tensor) -> Tensor:

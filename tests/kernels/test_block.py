@@ -13,18 +13,10 @@ from adversarial import WORSE, assert_same_solution, same_bits  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from proxsparse_triton.kernels import prox  # noqa: E402
-from proxsparse_triton.kernels.block import (  # noqa: E402
-    SWEEPS_UP_TO,
-    column,
-    join,
-    more_than_two,
-    ranks,
-    round_to,
-    sort_descending,
-    tie_broken,
-    unsort,
-)
+from proxsparse_triton.kernels.block import column, join, ranks  # noqa: E402
 from proxsparse_triton.kernels.launch import Launch, interpreted  # noqa: E402
+from proxsparse_triton.kernels.ptx import round_to  # noqa: E402
+from proxsparse_triton.kernels.solver import SWEEPS_UP_TO, more_than_two, sort_descending, tie_broken, unsort  # noqa: E402
 from proxsparse_triton.reference import prox as reference_prox  # noqa: E402
 from proxsparse_triton.reference.block import four_kept_hard, objective, solve, three_kept  # noqa: E402
 
@@ -37,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, fr
 
 
 @triton.jit
-def round_kernel(x_ptr, y_ptr, EXPLICIT: tl.constexpr, N: tl.constexpr):
+def round_kernel(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(y_ptr + at, round_to(tl.load(x_ptr + at), y_ptr.dtype.element_ty, EXPLICIT))
+    tl.store(y_ptr + at, round_to(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -81,7 +73,7 @@ def count_kernel(u_ptr, more_ptr, TILE: tl.constexpr):
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(N, dtype=dtype, device=x.device)
-    round_kernel[(1,)](x, out, EXPLICIT=interpreted(round_kernel), N=N)
+    round_kernel[(1,)](x, out, N=N)
     return out
 
 
@@ -208,13 +200,13 @@ def two_minima(n: int = 64 * N) -> Tensor:
     return u[three.valid & four.valid & (u[:, 3] < a * b + b * c + c * a)]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.06), (0.06, 0.2), (0.2, 0.5), (0.5, 0.7)])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.075), (0.075, 0.25), (0.25, 0.4), (0.4, 0.5), (0.5, 0.6), (0.6, 0.65), (0.65, 0.7)])
 def test_sweeps(device: str, low: float, high: float) -> None:
-    """Each number of sweeps where it has the most to do: just below the sum from which there are more. To 2e-8, as `sweeps` says."""
+    """Each number of sweeps where it has the most to do: just below the sum from which there are more. To 1.5e-7, as `sweeps` says."""
     z = shuffled(easy_blocks(low, high))
     assert ((low < tops(z)) & (tops(z) <= high)).all()
     assert high <= SWEEPS_UP_TO.value
-    assert_optimal(run(z, device), z, 3e-8)
+    assert_optimal(run(z, device), z, 1.6e-7)
 
 
 @pytest.mark.parametrize("family", general_blocks(4))
@@ -301,24 +293,24 @@ def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: lis
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("shape", [(1, 4), (1, 124), (33, 4), (3, 172), (7, 148), (1, 2052)], ids=str)
 def test_programs_of_several_tiles(device: str, shape: tuple[int, int], scaled: bool, dtype: torch.dtype) -> None:
-    """1, 31, 33, 129, 259 and 513 blocks: as from programs of one tile bit for bit, and nothing beyond the last block is touched."""
+    """1, 31, 33, 129, 259 and 513 blocks: as from a program for each tile bit for bit, and nothing beyond the last block is touched."""
     size = shape[0] * shape[1]
     z = torch.full((size + 4096,), float("nan"), dtype=dtype, device=device)
     easy = torch.arange(size) // 128 % 2 == 0  # every other tile, the last ones among them: one number read too many changes their path
     z[:size] = (torch.randn(size, generator=torch.Generator().manual_seed(0)) * torch.where(easy, 0.2, 1.0)).to(dtype)
     scale = 0.1 + rand(shape[1], seed=1).float() if scaled else None
 
-    def result(z: Tensor, tiles: int) -> Tensor:
+    def result(z: Tensor, programs: int | None) -> Tensor:
         canvas = torch.full_like(z, float("nan"))
         w = canvas[:size].view(shape)
-        launch = Launch(tile_blocks=32, num_warps=1, tiles=tiles)
+        launch = Launch(tile_blocks=32, num_warps=1, resident=programs)
         prox.prox_24(z[:size].view(shape), 0.5, None if scale is None else scale.to(device), w, launch)
         assert canvas[size:].isnan().all()
         return w
 
-    solved = result(z.float(), 1)
+    solved = result(z.float(), None)
     values = z[:size].view(shape).float().cpu()
     assert_same_solution(solved, reference_prox.prox_24(values, 0.5, column_scale=scale), values, 0.5, scale)
-    assert same_bits(result(z.float().nan_to_num(0), 1), solved)
-    for tiles in (1, 3, 8):
-        assert same_bits(result(z, tiles), solved.to(dtype))
+    assert same_bits(result(z.float().nan_to_num(0), None), solved)
+    for programs in (None, 1, 2, 7):
+        assert same_bits(result(z, programs), solved.to(dtype))

@@ -32,7 +32,7 @@ SCRIPT = textwrap.dedent(
         for scaled in (False, True):
             types = {"z_ptr": "*" + dtype, "scale_ptr": "*fp32" if scaled else "*" + dtype, "out_ptr": "*" + dtype,
                      "lam": "fp32", "n_blocks": "i32", "row_blocks": "i32"}
-            constants = {"HAS_SCALE": scaled, "TILE_BLOCKS": launch.PROX.tile_blocks, "TILES": launch.PROX.tiles, "EXPLICIT": False}
+            constants = {"HAS_SCALE": scaled, "EVEN": not scaled, "TILE_BLOCKS": launch.PROX.tile_blocks}
             cases.append((f"prox {dtype}" + " scaled" * scaled, prox._prox_24_kernel, types, constants, launch.PROX.num_warps, ()))
         types = {"score_ptr": "*" + dtype, "mask_ptr": "*i1", "n_blocks": "i32"}
         constants = {"TILE_BLOCKS": launch.BLOCKWISE.tile_blocks}
@@ -46,17 +46,17 @@ SCRIPT = textwrap.dedent(
             types |= {"m_ptr": "*" + moments, "v_ptr": "*u8" if moments == "i8" else "*" + moments,
                       "coef_ptr": "*fp32", "partial_ptr": "*fp32",
                       "residual_ptr": {0: "*" + w, 8: "*i8", 16: "*i16"}[bits],
-                      "seed": "i64", "first_block": "i32", "n_blocks": "i32", "row_blocks": "i32"}
+                      "key": "i32", "counter_high": "i32", "first_block": "i32", "n_blocks": "i32", "row_blocks": "i32"}
             constants = {"HAS_W0": full, "HAS_SCALE": full, "HAS_COEF": full, "HAS_PROX": True, "CLIP_TOTAL": True, "RESIDUAL_BITS": bits,
-                         "EIGHT_BIT": moments == "i8", "STOCHASTIC": w == "bf16", "TILE_BLOCKS": launch.FUSED.tile_blocks,
-                         "TILES": launch.FUSED.tiles, "EXPLICIT": False}
+                         "EIGHT_BIT": moments == "i8", "STOCHASTIC": w == "bf16", "EVEN": not full,
+                         "TILE_BLOCKS": launch.FUSED.tile_blocks}
             name = f"prox_adamw {w} {moments} {bits}" + " full" * full
             cases.append((name, prox_adamw._prox_adamw_kernel, types, constants, launch.FUSED.num_warps, ()))
     for w, w0, grad in (("fp32",) * 3, ("fp32", "bf16", "fp32"), ("bf16",) * 3, ("fp16",) * 3):
         types = {"w_ptr": "*" + w, "w0_ptr": "*" + w0, "grad_ptr": "*" + grad, "partial_ptr": "*fp32",
                  "lam": "fp32", "frozen_eps": "fp32", "n": "i32"}
         for has_grad, accumulate in ((False, False), (True, False), (True, True)):
-            constants = {"ACCUMULATE": accumulate, "HAS_GRAD": has_grad, "TILE": frozen_penalty.TILE, "EXPLICIT": False}
+            constants = {"ACCUMULATE": accumulate, "HAS_GRAD": has_grad, "TILE": frozen_penalty.TILE}
             name = f"frozen_penalty {w} {w0} {has_grad + accumulate}"
             cases.append((name, frozen_penalty._frozen_penalty_kernel, types, constants, 4, ("n",)))
         for has_w0 in (False, True):

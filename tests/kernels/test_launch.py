@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -20,7 +21,19 @@ def test_one_block_per_thread_and_step() -> None:
 def test_one_warp_a_program_and_one_block_a_thread(settings: launch.Launch) -> None:
     """The solver's branches are uniform in a tile, and a program that skips a path must not make others wait."""
     assert (settings.tile_blocks, settings.num_warps) == (32, 1)
-    assert settings.tiles >= 1
+
+
+@pytest.mark.parametrize(("resident", "n_blocks", "programs"), [(None, 100, 4), (3, 100, 3), (3, 64, 2), (3, 1, 1), (1, 1 << 30, 1)])
+def test_programs_share_the_tiles_or_take_one_each(resident: int | None, n_blocks: int, programs: int) -> None:
+    assert launch.Launch(32, 1, resident).programs(n_blocks, torch.device("cpu")) == programs
+
+
+@pytest.mark.gpu
+def test_no_program_waits_for_another() -> None:
+    """As many as fit at a time: a second wave would double the time of a small tensor."""
+    device = torch.device("cuda")
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    assert launch.PROX.programs(1 << 30, device) == 32 * multiprocessors
 
 
 @pytest.mark.parametrize("kernel_interpreted", [False, True])
@@ -34,9 +47,7 @@ def test_the_interpreter_gets_large_tiles() -> None:
     assert launch.fused(False, eight_bit=False) is launch.fused(False, eight_bit=True) is launch.FUSED
     assert launch.blockwise(True).tile_blocks == launch.INTERPRETER_TILE > launch.BLOCKWISE.tile_blocks
     assert launch.prox(True).tile_blocks == launch.INTERPRETER_TILE
-    for eight_bit in (False, True):
-        large, usual = launch.fused(True, eight_bit), launch.FUSED
-        assert large.tile_blocks * large.tiles > usual.tile_blocks * usual.tiles
+    assert launch.fused(True, eight_bit=False).tile_blocks > launch.FUSED.tile_blocks
 
 
 def test_interpreted_knows_how_kernels_run(device: str) -> None:

@@ -23,7 +23,7 @@ from stepping import (
 )
 
 from proxsparse_triton.ops import prox_adamw_
-from proxsparse_triton.reference.storage import encode_first, encode_second, join_residual, round_bf16, split_residual, words_of
+from proxsparse_triton.reference.storage import encode_first, encode_second, join_residual, random_bits, round_bf16, split_residual
 from proxsparse_triton.sparsity import count_24_blocks, count_negative_zeros
 from proxsparse_triton.step import AdamState, StepSettings
 
@@ -51,30 +51,35 @@ def first_step(storage: Storage, device: str, backend: str, settings: StepSettin
 @every_backend
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("storage", [s for s in STORAGES if s[0] == BF16], ids=storage_name)
-def test_what_is_stored_is_the_fp32_result_rounded(device: str, backend: str, storage: Storage, stochastic: bool) -> None:
+def test_what_is_stored_is_the_fp32_result_rounded(
+    device: str, backend: str, storage: Storage, stochastic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights and bf16 moments bit for bit; 8-bit codes too but for one in 500 by one, where fp32 roundings meet a border."""
+    if backend == "triton":  # the same tiles for all: how exactly a block is solved depends on its neighbours
+        from proxsparse_triton.kernels import launch, prox_adamw
+
+        monkeypatch.setattr(prox_adamw, "fused", lambda *_: launch.FUSED)
     settings = dataclasses.replace(SPARSE, lambda2=0.0, step=1, stochastic=stochastic, seed=0xFEDCBA9876543210, offset=12345)
     exact = first_step((FP32, 0, "fp32"), device, backend, settings)
     stored = first_step(storage, device, backend, settings)
-    words = words_of(exact.w.cpu(), settings.seed, settings.offset) if stochastic else None
+    rand16 = random_bits(exact.w.cpu(), settings.seed, settings.offset) if stochastic else None
     w = exact.w.cpu()
     if stored.state.residual is None:
-        expected = [round_bf16(w, None if words is None else words & 0xFFFF)]
+        expected = [round_bf16(w, rand16)]
     else:
-        expected = list(split_residual(w, stored.state.residual.dtype, None if words is None else words & 0xFF))
+        expected = list(split_residual(w, stored.state.residual.dtype, None if rand16 is None else rand16 & 0xFF))
         assert torch.equal(stored.state.residual.cpu(), expected[1])
     assert same_bits(stored.w, expected[0])
-    for name, encode, shift in (("exp_avg", encode_first, 16), ("exp_avg_sq", encode_second, 24)):
+    for name, encode in (("exp_avg", encode_first), ("exp_avg_sq", encode_second)):
         value, actual = getattr(exact.state, name).cpu(), getattr(stored.state, name).cpu()
-        rand8 = None if words is None else words >> shift & 0xFF
         if storage[2] == "int8":
-            codes, scale = encode(value, 0.5 if rand8 is None else (rand8 + 0.5) / 256)
+            codes, scale = encode(value, 0.5 if rand16 is None else (rand16 + 0.5) / 65536)
             assert torch.equal(getattr(stored.state, f"{name}_scale").cpu(), scale)
             distance = (actual.int() - codes.int()).abs()
             assert distance.max() <= 1
             assert distance.sum() <= 3
         elif storage[2] == "bf16":
-            assert same_bits(actual, round_bf16(value, None if rand8 is None else (rand8 << 8) + 0x80))
+            assert same_bits(actual, round_bf16(value, rand16))
         else:
             assert torch.equal(actual, value)
 
@@ -164,6 +169,18 @@ def test_zeros_stay_plus_zero(device: str, backend: str, storage: Storage) -> No
     assert (made.weight()[1:3] == 0).all()
     assert count_negative_zeros(made.w) == 0
     assert made.state.residual is None or (made.state.residual[made.w == 0] == 0).all()
+
+
+@every_backend
+@every_storage
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_a_nan_weight_stays_nan(device: str, backend: str, storage: Storage, stochastic: bool) -> None:
+    """The card's own NaN is all ones: random bits on top would wrap around to -0.0 and hide it."""
+    made = case((64, 8), storage).to(device)
+    made.w[:, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).to(made.w.dtype)
+    made.step(dataclasses.replace(SPARSE, stochastic=stochastic), backend)
+    assert made.w[:, :4].isnan().all()
+    assert made.w[:, 4:].isfinite().all()
 
 
 # --- gradients that are not finite --------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from proxsparse_triton.reference.storage import (
     encode_second,
     join_residual,
     number_of,
+    random_bits,
     random_words,
     round_bf16,
     split_residual,
-    words_of,
 )
 
 CPU = torch.device("cpu")
@@ -38,34 +38,52 @@ def numbers(count: int = 4000) -> Tensor:
 # --- random bits ------------------------------------------------------------------------------------------------------------------
 
 
-def test_philox_known_answer() -> None:
-    """From the Random123 distribution's known-answer vectors: philox4x32, 7 rounds, counter 0, key 0."""
-    assert random_words(0, 0, 1, CPU).tolist() == [[0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]]
+@pytest.mark.parametrize(
+    ("seed", "offset", "expected"),
+    [
+        (0, 0, [0x257A3673, 0xCD26BE2A]),
+        (0xFFFFFFFFFFFFFFFF, WORD, [0xAB302C4D, 0x3DC9D239]),
+        (0x85A308D3_13198A2E, 0x243F6A88, [0xBEDBBE6B, 0xE4C770B3]),
+    ],
+)
+def test_philox_known_answers(seed: int, offset: int, expected: list[int]) -> None:
+    """The Random123 distribution's known-answer vectors of philox2x32 with 7 rounds."""
+    assert random_words(seed, offset, 1, CPU).tolist() == [expected]
 
 
 def test_philox_in_exact_integers() -> None:
-    def philox(counter: list[int], key: list[int]) -> list[int]:
+    def philox(first: int, second: int, key: int) -> list[int]:
         for _ in range(7):
-            a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-            counter = [(b >> 32) ^ counter[1] ^ key[0], b & WORD, (a >> 32) ^ counter[3] ^ key[1], a & WORD]
-            key = [(key[0] + 0x9E3779B9) & WORD, (key[1] + 0xBB67AE85) & WORD]
-        return counter
+            product = 0xD256D193 * first
+            first, second = (product >> 32) ^ second ^ key, product & WORD
+            key = (key + 0x9E3779B9) & WORD
+        return [first, second]
 
     for seed in (0, 1, WORD, 0xFEDCBA9876543210, (1 << 64) - 1):
         for offset in (0, 12345, WORD - 1, 1 << 33):
             words = random_words(seed, offset, 3, CPU)
             for i in range(3):
-                counter = offset + i
-                assert words[i].tolist() == philox([counter & WORD, counter >> 32, 0, 0], [seed & WORD, seed >> 32])
+                assert words[i].tolist() == philox((offset + i) & WORD, seed >> 32, seed & WORD)
 
 
-def test_words_belong_to_places() -> None:
-    """The words of a row shard with its offset are the whole tensor's."""
+def test_random_bits_belong_to_places() -> None:
+    """The bits of a row shard with its offset are the whole tensor's."""
     w = torch.empty(6, 8)
-    words = words_of(w, 7, 0)
-    assert words.shape == w.shape
-    assert torch.equal(words[4:], words_of(w[4:], 7, 8))
-    assert not torch.equal(words, words_of(w, 8, 0))
+    bits = random_bits(w, 7, 0)
+    assert bits.shape == w.shape
+    assert torch.equal(bits[4:], random_bits(w[4:], 7, 8))
+    assert not torch.equal(bits, random_bits(w, 8, 0))
+
+
+def test_random_bits_are_even_and_independent() -> None:
+    """Of neighbouring weights, blocks, and keys that differ in one bit of either half: every bit half the time, correlations within chance."""
+    bits = random_bits(torch.empty(1 << 16, 4), 0x0123456789ABCDEF, 0)
+    ones = (bits.unsqueeze(-1) >> torch.arange(16) & 1).double()
+    assert (ones.mean((0,)) - 0.5).abs().max() < 0.01  # 5 standard deviations
+    others = [random_bits(torch.empty(1 << 16, 4), 0x0123456789ABCDEF ^ flip, 0) for flip in (1, 1 << 32)]
+    series = torch.cat([bits, bits.roll(1, 0), *others], 1).double().T
+    correlation = torch.corrcoef(series) - torch.eye(len(series))
+    assert correlation.abs().max() < 0.02
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------------------
