@@ -171,7 +171,11 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 def test_one_stem_per_operation() -> None:
     """kernels, reference, ops and their tests call an operation by the same word; the helpers beside it are named here."""
-    helpers = {"ops": {"dispatch"}, "reference": {"block", "storage"}, "kernels": {"block", "launch"}}
+    helpers = {
+        "ops": {"dispatch", "partial"},
+        "reference": {"block", "storage"},
+        "kernels": {"block", "launch", "partial", "ptx", "solver"},
+    }
     stems = {folder: {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} - extra for folder, extra in helpers.items()}
     assert stems["kernels"] == stems["reference"] == stems["ops"]
     assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")} >= stems["ops"]

@@ -86,13 +86,19 @@ def words(raw):
 
 
 @triton.jit
+def unpack_words(first, second):
+    """The two words of bf16 blocks -> fp32 [TILE_BLOCKS, 4]."""
+    a, b = halves(first)
+    c, d = halves(second)
+    return join(a, b, c, d)
+
+
+@triton.jit
 def unpack_blocks(raw):
     """What `load_blocks` loaded -> fp32 [TILE_BLOCKS, 4]."""
     if raw.dtype == tl.int32:
         first, second = words(raw)
-        a, b = halves(first)
-        c, d = halves(second)
-        return join(a, b, c, d)
+        return unpack_words(first, second)
     else:
         return raw.to(tl.float32)
 

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ptx import reciprocal, round_to
 from .launch import interpreted
+from .ptx import reciprocal, round_to
 
-TILE = 1024
-TILES = 8  # of one program of the norm pass: fewer partial sums
+TILE = 512  # twice as much would spill a register
+SQUARE_TILE, SQUARE_TILES = 1024, 2  # of the norm pass
 INTERPRETER_TILE = 1 << 16
 
 
@@ -23,6 +23,13 @@ def penalty_terms(w, w0, lam, frozen_eps):
 
 
 @triton.jit
+def rows_of(ROW: tl.constexpr, TILE: tl.constexpr):
+    """0 to TILE - 1, ROW of them to a thread: weights of any two dtypes then get the same layout, and nothing is exchanged between threads
+    but sums."""
+    return tl.arange(0, TILE // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+
+
+@triton.jit
 def _frozen_penalty_kernel(
     w_ptr, w0_ptr, grad_ptr, partial_ptr, lam, frozen_eps, n,
     ACCUMULATE: tl.constexpr, HAS_GRAD: tl.constexpr, TILE: tl.constexpr,
@@ -33,8 +40,7 @@ def _frozen_penalty_kernel(
     """
     lam = tl.cast(lam, tl.float32)
     frozen_eps = tl.cast(frozen_eps, tl.float32)
-    # Rows of four: weights of any two dtypes then get the same layout, and nothing is exchanged between threads but the sum.
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    offset = tl.program_id(0).to(tl.int64) * TILE + rows_of(4, TILE)
     inside = offset < n
     w = tl.load(w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     w0 = tl.load(w0_ptr + offset, mask=inside, other=1.0).to(tl.float32)
@@ -74,15 +80,15 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: T
 @triton.jit
 def _gradient_square_kernel(
     w_ptr, w0_ptr, grad_ptr, partial_ptr, lam, frozen_eps, n,
-    HAS_W0: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    HAS_W0: tl.constexpr, ROW: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = sum of (grad + 2 lam r a (2w - w0))^2 over TILES * TILE weights; reads 6 bytes per bf16 weight, 2 without w0."""
     lam = tl.cast(lam, tl.float32)
     frozen_eps = tl.cast(frozen_eps, tl.float32)
     start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
-    squares = tl.zeros([TILE // 4], tl.float32)
+    squares = tl.zeros([TILE // ROW], tl.float32)
     for tile in range(TILES):
-        offset = start + tile * TILE + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        offset = start + tile * TILE + rows_of(ROW, TILE)
         inside = offset < n
         total = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if HAS_W0:
@@ -93,16 +99,24 @@ def _gradient_square_kernel(
     tl.store(partial_ptr + tl.program_id(0), tl.sum(squares, axis=0))
 
 
-def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor) -> Tensor:
-    """Sum of (grad + penalty gradient)^2 as an fp64 scalar; all contiguous."""
+def gradient_square_rows(w: Tensor) -> int:
+    """Partial sums that a launch of `gradient_square` leaves."""
+    tile, tiles = _square_tiles()
+    return int(triton.cdiv(w.numel(), tile * tiles))
+
+
+def _square_tiles() -> tuple[int, int]:
+    return (INTERPRETER_TILE, 1) if interpreted(_gradient_square_kernel) else (SQUARE_TILE, SQUARE_TILES)
+
+
+def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor, partial: Tensor) -> None:
+    """partial: fp32 [gradient_square_rows, 1] to add up to the sum of (grad + penalty gradient)^2; all contiguous."""
     n = w.numel()
-    tile, tiles = (INTERPRETER_TILE, 1) if interpreted(_gradient_square_kernel) else (TILE, TILES)
-    programs = triton.cdiv(n, tile * tiles)
-    if programs == 0:
-        return torch.zeros((), dtype=torch.float64, device=w.device)
-    partial = torch.empty(programs, dtype=torch.float32, device=w.device)
+    if n == 0:
+        return
+    tile, tiles = _square_tiles()
+    row = 16 // max(x.element_size() for x in (w, w if w0 is None else w0, grad))  # 16 bytes of the widest
     with torch.cuda.device_of(w):
-        _gradient_square_kernel[(programs,)](
-            w, w if w0 is None else w0, grad, partial, lam, frozen_eps, n, HAS_W0=w0 is not None, TILE=tile, TILES=tiles
+        _gradient_square_kernel[(gradient_square_rows(w),)](
+            w, w if w0 is None else w0, grad, partial, lam, frozen_eps, n, HAS_W0=w0 is not None, ROW=row, TILE=tile, TILES=tiles
         )
-    return partial.sum(dtype=torch.float64)

@@ -233,7 +233,7 @@ def _step_tile(
     if HAS_PROX:
         scale = w
         if HAS_SCALE:
-            scale = load_scale(scale_ptr, tile, row_blocks, TILE_BLOCKS)
+            scale = load_scale(scale_ptr, tl.cast(tile, tl.int64) * TILE_BLOCKS, 1, row_blocks, TILE_BLOCKS)
         w = signed(prox_magnitude(w, scale, lambda1, rate, poison, HAS_SCALE), w)
         first = column(w, 0)
         nan = (first != first)[:, None]  # all of a block or none
@@ -251,9 +251,10 @@ def _prox_adamw_kernel(
     step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, lambda2, frozen_eps,
     key, counter_high, first_block, n_blocks, row_blocks,
     HAS_W0: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_COEF: tl.constexpr, HAS_PROX: tl.constexpr, CLIP_TOTAL: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program (one warp) takes every num_programs-th tile of TILE_BLOCKS blocks; 8-bit moments: a tile is one group of 32 blocks.
+    """A program (one warp) owns TILES consecutive tiles of TILE_BLOCKS blocks; 8-bit moments: a tile is one group of 32 blocks.
 
     partial[program] = (penalty, sum of squared gradients, 2:4 blocks, blocks with a non-finite gradient). A thread writes only what it has
     read. A non-finite coefficient means that nothing is written; a block with a non-finite gradient keeps its values. EVEN: the last
@@ -271,7 +272,8 @@ def _prox_adamw_kernel(
     squares = tl.zeros([TILE_BLOCKS], tl.float32)
     count_24 = tl.zeros([TILE_BLOCKS], tl.float32)
     count_broken = tl.zeros([TILE_BLOCKS], tl.float32)
-    for tile in range(program, tl.cdiv(n_blocks, TILE_BLOCKS), tl.num_programs(0)):
+    first = program * TILES
+    for tile in range(first, tl.minimum(first + TILES, tl.cdiv(n_blocks, TILE_BLOCKS))):
         value, square, is_24, broken = _step_tile(
             w_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, residual_ptr, w0_ptr, scale_ptr,
             coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, lambda1, rate, lambda2, frozen_eps,
@@ -289,6 +291,11 @@ def _prox_adamw_kernel(
     tl.store(at + 3, tl.sum(count_broken, axis=0))
 
 
+def partial_rows(w: Tensor, state: AdamState) -> int:
+    """Partial sums, STATISTICS numbers each, that a launch leaves."""
+    return fused(interpreted(_prox_adamw_kernel), state.exp_avg_scale is not None).programs(w.numel() // 4)
+
+
 def prox_adamw(
     w: Tensor,
     grad: Tensor,
@@ -297,18 +304,18 @@ def prox_adamw(
     w0: Tensor | None,
     column_scale: Tensor | None,
     grad_coef: Tensor | None,
-) -> Tensor:
-    """The step on contiguous tensors, in place; fp64 [4]: penalty, squared gradient norm, 2:4 blocks, blocks with a non-finite gradient."""
+    partial: Tensor,
+) -> None:
+    """The step on contiguous tensors, in place. partial: fp32 [partial_rows, STATISTICS] to add up: penalty, squared gradient norm, stepped
+    blocks that are 2:4, blocks with a non-finite gradient."""
     n_blocks = w.numel() // 4
-    eight_bit = state.exp_avg_scale is not None
     if n_blocks == 0:
-        return torch.zeros(STATISTICS, dtype=torch.float64, device=w.device)
+        return
+    eight_bit = state.exp_avg_scale is not None
     launch = fused(interpreted(_prox_adamw_kernel), eight_bit)
-    programs = launch.programs(n_blocks, w.device)
-    partial = torch.empty(programs, STATISTICS, dtype=torch.float32, device=w.device)
     s = settings
     with torch.cuda.device_of(w):
-        _prox_adamw_kernel[(programs,)](
+        _prox_adamw_kernel[(launch.programs(n_blocks),)](
             w,
             grad,
             state.exp_avg,
@@ -333,9 +340,9 @@ def prox_adamw(
             STOCHASTIC=s.stochastic,
             EVEN=n_blocks % launch.tile_blocks == 0,
             TILE_BLOCKS=launch.tile_blocks,
+            TILES=launch.tiles,
             num_warps=launch.num_warps,
         )
-    return partial.sum(0, dtype=torch.float64)
 
 
 def _scalars(s: StepSettings) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 A program is one warp: its branches are then uniform, and a tile takes the cheapest path that all of its blocks allow:
 
 1. sweeps: every block has u1 + u2 + u3 + u4 <= SWEEPS_UP_TO, u = lam |z|, where the problem has one minimum and coordinate
-   descent reaches it in 1 to 7 sweeps. No sorting. All published settings of lambda1 stay here.
+   descent reaches it in 1 to 10 sweeps. No sorting. All published settings of lambda1 stay here.
 2. decisions: sorted blocks; whether two, three or four weights are kept is decided by closed-form tests, not by comparing objectives.
 3. comparisons: as 2, plus the candidate with four kept weights found from scratch, where four nearly equal weights leave two minima.
 
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from .block import column, join
-from .ptx import PTX, reciprocal
+from .ptx import reciprocal
 
-SWEEPS_UP_TO = tl.constexpr(0.7)
+SWEEPS_UP_TO = tl.constexpr(0.8)
 STEPS_FOUR_FROM_SCRATCH = tl.constexpr(6)  # the objective is then within 2e-7 of |u|^2 / 2 over 3e5 blocks that need it
 INF = tl.constexpr(float("inf"))
 
@@ -98,22 +98,21 @@ def sweep(u1, u2, u3, u4, w1, w2, w3, w4):
 def sweeps(u1, u2, u3, u4, top):
     """e2(w without i) after as many sweeps from u as a tile needs whose largest sum of u is `top`.
 
-    The objective is then within 1.5e-7 of |u|^2 / 2. The most frequent cases, one and two, have no loop: a tile is so little work that
-    a few branches show.
+    The objective is then within 1.5e-7 of |u|^2 / 2. The most frequent cases, one and two, have no loop: a tile is so little work that a
+    few branches show.
     """
     w1, w2, w3, w4 = sweep(u1, u2, u3, u4, u1, u2, u3, u4)
-    if top > 0.075:
+    if top > 0.05:
         w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
-        if top > 0.25:
-            more = 1 + (top > 0.4).to(tl.int32) + (top > 0.5).to(tl.int32) + (top > 0.6).to(tl.int32) + (top > 0.65).to(tl.int32)
-            for _ in range(more):
+        if top > 0.22:  # then one for every tenth, and the convergence slows down at 0.72
+            for _ in range((10 * top - 1.2).to(tl.int32) + 2 * (top > 0.72).to(tl.int32)):
                 w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
     return pair_products(w1, w2, w3, w4)
 
 
 @triton.jit
 def largest(x):
-    """The maximum of numbers >= 0 [TILE_BLOCKS], which order like their bits: a NaN comes out above all others, where a floating maximum loses it."""
+    """The maximum of numbers >= 0 [TILE_BLOCKS], which order like their bits. A NaN is above all; a floating maximum would lose it."""
     return tl.max(x.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
 
 
@@ -327,29 +326,71 @@ def solve_hard(v1, v2, v3, v4, lam):
 
 
 @triton.jit
-def prox_magnitude(z, scale, lam, rate, poison, HAS_SCALE: tl.constexpr):
-    """|w| of w = argmin 1/2 ||w - z||^2 + lam R(w) of each block of a tile [TILE_BLOCKS, 4], in the metric of `scale`; fp32.
-
-    `rate` is 1 / lam. Where a weight is dropped the result is 0 or negative. A block with a NaN, or with one in `poison`
-    [TILE_BLOCKS], is all NaN.
-
-    Formed as |z| - e2(w without i) / (lam c): a difference rather than the point itself, so that a kept weight that does not shrink
-    stays the same bit for bit.
-    """
+def strengths(z, scale, lam, HAS_SCALE: tl.constexpr):
+    """v = c |z| by columns, and the sum of u = lam v."""
     v = tl.abs(z)
     if HAS_SCALE:
         v = v * scale
-        rate = rate / scale
     v1, v2, v3, v4 = column(v, 0), column(v, 1), column(v, 2), column(v, 3)
-    u1, u2, u3, u4 = lam * v1, lam * v2, lam * v3, lam * v4
-    total = ((u1 + u2) + (u3 + u4)) + poison
+    return v1, v2, v3, v4, (lam * v1 + lam * v2) + (lam * v3 + lam * v4)
+
+
+@triton.jit
+def shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE: tl.constexpr):
+    """|z| - e / (lam c), `rate` = 1 / lam: a difference rather than the minimiser itself, so that a kept weight that does not shrink stays
+    the same bit for bit."""
+    if HAS_SCALE:
+        rate = rate / scale
+    return tl.abs(z) - rate * join(e1, e2, e3, e4)
+
+
+@triton.jit
+def settled(w, total):
+    """Only hard blocks hold numbers that are not finite: NaN where `total` is, and inf - inf is a dropped weight."""
+    return tl.where((total == total)[:, None], tl.where(w > 0, w, 0.0), float("nan"))
+
+
+@triton.jit
+def prox_magnitude(z, scale, lam, rate, poison, HAS_SCALE: tl.constexpr):
+    """|w| of w = argmin 1/2 ||w - z||^2 + lam R(w) of each block of a tile [TILE_BLOCKS, 4], in the metric of `scale`; fp32.
+
+    `rate` is 1 / lam. Where a weight is dropped the result is 0 or negative. A block with a NaN, or with one in `poison` [TILE_BLOCKS],
+    is all NaN.
+    """
+    v1, v2, v3, v4, total = strengths(z, scale, lam, HAS_SCALE)
+    total += poison
     top = largest(total)
     if top <= SWEEPS_UP_TO:
-        e1, e2, e3, e4 = sweeps(u1, u2, u3, u4, top)
-        w = tl.abs(z) - rate * join(e1, e2, e3, e4)
+        e1, e2, e3, e4 = sweeps(lam * v1, lam * v2, lam * v3, lam * v4, top)
+        w = shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE)
     else:
         e1, e2, e3, e4 = solve_hard(v1, v2, v3, v4, lam)
-        w = tl.abs(z) - rate * join(e1, e2, e3, e4)
-        # inf - inf is a dropped weight, not a NaN.
-        w = tl.where((total == total)[:, None], tl.where(w > 0, w, 0.0), float("nan"))
+        w = settled(shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE), total)
     return w
+
+
+@triton.jit
+def prox_magnitude_pair(z, other, scale, other_scale, lam, rate, HAS_SCALE: tl.constexpr):
+    """`prox_magnitude` of two tiles, whose sweeps overlap: that hides the latency of either. What is harder is solved one by one, so
+    that its registers and code are needed once."""
+    v1, v2, v3, v4, total = strengths(z, scale, lam, HAS_SCALE)
+    x1, x2, x3, x4, other_total = strengths(other, other_scale, lam, HAS_SCALE)
+    top = largest(tl.maximum(total.to(tl.int32, bitcast=True), other_total.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True))
+    if top <= SWEEPS_UP_TO:
+        e1, e2, e3, e4 = sweeps(lam * v1, lam * v2, lam * v3, lam * v4, top)
+        f1, f2, f3, f4 = sweeps(lam * x1, lam * x2, lam * x3, lam * x4, top)
+        w = shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE)
+        other_w = shrunk(other, other_scale, rate, f1, f2, f3, f4, HAS_SCALE)
+    else:
+        no_poison = tl.zeros_like(total)
+        w = z
+        other_w = other
+        turns = 2 - (top < 0).to(tl.int32)  # two, but the compiler must not see it and unroll
+        for turn in range(turns):
+            first = turn == 0
+            turn_scale = scale
+            if HAS_SCALE:
+                turn_scale = tl.where(first, scale, other_scale)
+            solved = prox_magnitude(tl.where(first, w, other_w), turn_scale, lam, rate, no_poison, HAS_SCALE)
+            w, other_w = tl.where(first, solved, w), tl.where(first, other_w, solved)
+    return w, other_w

@@ -1,8 +1,19 @@
 """One public function per operation: checks, choice of backend, registration with torch.library."""
 
-from .frozen_penalty import accumulate_frozen_penalty, frozen_penalty, gradient_square
+from .frozen_penalty import accumulate_frozen_penalty, frozen_penalty, gradient_square, gradient_square_rows
 from .mask import mask_24
+from .partial import partial_sums
 from .prox import prox_24
-from .prox_adamw import prox_adamw_
+from .prox_adamw import prox_adamw_, prox_adamw_rows
 
-__all__ = ["accumulate_frozen_penalty", "frozen_penalty", "gradient_square", "mask_24", "prox_24", "prox_adamw_"]
+__all__ = [
+    "accumulate_frozen_penalty",
+    "frozen_penalty",
+    "gradient_square",
+    "gradient_square_rows",
+    "mask_24",
+    "partial_sums",
+    "prox_24",
+    "prox_adamw_",
+    "prox_adamw_rows",
+]

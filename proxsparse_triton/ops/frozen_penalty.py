@@ -99,12 +99,22 @@ def accumulate_frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: flo
         return _evaluate(w.detach(), w0.detach(), float(lam), float(frozen_eps), grad, True, backend)
 
 
-def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float, grad: Tensor, *, backend: str | None = None) -> Tensor:
+def gradient_square(
+    w: Tensor,
+    w0: Tensor | None,
+    lam: float,
+    frozen_eps: float,
+    grad: Tensor,
+    *,
+    backend: str | None = None,
+    partial: Tensor | None = None,
+) -> Tensor:
     """Squared norm of a loss gradient plus the penalty's gradient, in one read: what clipping the total gradient needs.
 
     sum (grad + 2 lam r a (2w - w0))^2;  without `w0`: sum grad^2
 
-    Args: as `accumulate_frozen_penalty`; `grad` is only read.
+    Args: as `accumulate_frozen_penalty`; `grad` is only read. partial: fp32 [`gradient_square_rows`, 1] in which the kernel leaves its
+        sums, and that is returned: for a caller who adds up the sums of many tensors at once.
     Returns: fp64 scalar, without a graph.
     Raises: as `accumulate_frozen_penalty`.
     """
@@ -119,4 +129,17 @@ def gradient_square(w: Tensor, w0: Tensor | None, lam: float, frozen_eps: float,
         from ..kernels import frozen_penalty as kernel
 
         w0 = None if w0 is None else w0.contiguous()
-        return kernel.gradient_square(w.contiguous(), w0, float(lam), float(frozen_eps), grad.contiguous())
+        sums = partial
+        if sums is None:
+            sums = torch.empty(kernel.gradient_square_rows(w), 1, dtype=torch.float32, device=w.device)
+        kernel.gradient_square(w.contiguous(), w0, float(lam), float(frozen_eps), grad.contiguous(), sums)
+        return sums.sum(dtype=torch.float64) if partial is None else partial
+
+
+def gradient_square_rows(w: Tensor) -> int | None:
+    """Rows of `partial` that `gradient_square` needs; None where the reference runs, which has no partial sums."""
+    if choose_backend("gradient_square", w, None) == "reference":
+        return None
+    from ..kernels import frozen_penalty as kernel
+
+    return kernel.gradient_square_rows(w)

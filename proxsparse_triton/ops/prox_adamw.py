@@ -26,6 +26,7 @@ def prox_adamw_(
     column_scale: Tensor | None = None,
     grad_coef: Tensor | None = None,
     backend: str | None = None,
+    partial: Tensor | None = None,
 ) -> Tensor:
     """One AdamW step with the frozen penalty's gradient and the 2:4 prox, in place; every tensor is read and written once.
 
@@ -44,9 +45,11 @@ def prox_adamw_(
         column_scale: [in_features], see `prox_24`.
         grad_coef: scalar tensor on w's device, or None for 1. Where it is not finite nothing is written but the statistics.
         backend: see `prox_24`.
+        partial: fp32 [`prox_adamw_rows`, 4] in which the kernel leaves its sums, and that is returned: for a caller who steps many tensors
+            and adds up once.
     Returns: fp64 [4] on w's device, without a host sync: penalty value at the old weight · squared norm of grad + p (of grad without
-        `clip_total`), before `grad_coef` · number of blocks of the new w that were stepped and are 2:4 · number of blocks that keep w and its state since their
-        gradient, or its square in fp32, is not finite.
+        `clip_total`), before `grad_coef` · number of blocks of the new w that were stepped and are 2:4 · number of blocks that keep w
+        and its state since their gradient, or its square in fp32, is not finite.
     Raises: TypeError: dtypes that do not fit together, a sparse gradient. ShapeError: in_features not divisible by 4, a tensor of another
         shape. ConfigError: tensors on several devices, state that is not contiguous or not whole. BackendError: backend not available.
     Source: Liu et al. 2025 (arXiv 2502.00258), Algorithm 1; docs/math.md.
@@ -65,10 +68,22 @@ def prox_adamw_(
         target = w.contiguous()
         w0 = None if w0 is None else w0.detach().contiguous()
         scale = None if column_scale is None else column_scale.float().contiguous()
-        statistics: Tensor = kernel.prox_adamw(target, grad.contiguous(), state, settings, w0, scale, grad_coef)
+        sums = partial
+        if sums is None:
+            sums = torch.empty(kernel.partial_rows(w, state), STATISTICS, dtype=torch.float32, device=w.device)
+        kernel.prox_adamw(target, grad.contiguous(), state, settings, w0, scale, grad_coef, sums)
         if target is not w:
             w.copy_(target)
-        return statistics
+        return sums.sum(0, dtype=torch.float64) if partial is None else partial
+
+
+def prox_adamw_rows(w: Tensor, state: AdamState) -> int | None:
+    """Rows of `partial` that `prox_adamw_` needs for these tensors; None where the reference runs, which has no partial sums."""
+    if choose_backend(FUNCTION, w, None) == "reference":
+        return None
+    from ..kernels import prox_adamw as kernel
+
+    return kernel.partial_rows(w, state)
 
 
 def _check(w: Tensor, grad: Tensor, state: AdamState, w0: Tensor | None, column_scale: Tensor | None, grad_coef: Tensor | None) -> None:

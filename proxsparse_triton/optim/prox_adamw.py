@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +13,18 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..errors import ConfigError, ShapeError
-from ..ops import gradient_square, prox_adamw_
+from ..ops import gradient_square, gradient_square_rows, partial_sums, prox_adamw_, prox_adamw_rows
 from ..ops.dispatch import check_strength
+from ..ops.prox_adamw import STATISTICS
 from ..step import StepSettings
 from .distributed import all_sum, is_dtensor, local, part_of
 from .figures import Figures, NonFinite, Record, broken
 from .parameters import OPTIMIZER, Handles, Parameter, Removable, parameter_at, parameters_of
 from .state import Precision, check_parameter, fresh, local_state, random_key
 from .state_dict import AsSaved, check_and_wrap, unwrap
+
+if TYPE_CHECKING:
+    from ..ops.partial import PartialSums
 
 GROUP_NUMBERS = ("lr", "eps", "weight_decay", "lambda1", "lambda2", "frozen_eps")
 
@@ -53,8 +57,8 @@ class ProxAdamW(Optimizer):
         weight_bits: bits kept of a bf16 weight, 16, 24 or 32: above 16 the optimizer keeps the low bits in an int8 or int16 beside the
             weight, and the model sees the weight rounded to nearest. None: the weight's own.
         moments: "float32", "bfloat16" or "int8" (groups of 128 weights with a scale). None: "float32".
-        seed: of the stochastic rounding of bf16 weights (16 and 24 bits) and of moments below fp32; same seed, same result, however the
-            parameters are sharded by rows.
+        seed: of the stochastic rounding of bf16 weights (16 and 24 bits) and of moments below fp32. A weight's random bits are the same
+            however the parameters are sharded by rows.
     Raises: TypeError, ShapeError, ConfigError: settings or parameters that cannot work, named. `step` raises LearningError when the step
         before met a non-finite gradient (see `check`): its blocks, or with `max_norm` everything, were left as they were.
     Source: Liu et al. 2025 (arXiv 2502.00258), Algorithm 1; docs/math.md.
@@ -87,6 +91,7 @@ class ProxAdamW(Optimizer):
         if clip not in ("total", "loss"):
             raise ConfigError(f"{OPTIMIZER}: expected clip 'total' or 'loss', got {clip!r}. Leave it out for the paper's choice.")
         self._settings = Settings(max_norm, clip, Precision(weight_bits, moments or "float32"), seed)
+        self._room: dict[str, tuple[object, PartialSums | None]] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -160,8 +165,13 @@ class ProxAdamW(Optimizer):
             # Without a finite norm nothing is written.
             coef = torch.where(square.isfinite(), (max_norm / (square.sqrt() + 1e-6)).clamp_max(1), torch.nan)
         coef32 = None if coef is None else coef.float()
-        for item in prox:
-            record.statistics.append(self._step_prox(item, coef32 if item.p.dtype != torch.float64 else coef))
+        rows = [prox_adamw_rows(local(item.p), local_state(self.state[item.p])) for item in prox]
+        sums = self._sums("statistics", rows, STATISTICS, items[0].p.device)
+        statistics = [
+            self._step_prox(item, coef32 if item.p.dtype != torch.float64 else coef, None if sums is None else sums.part(i))
+            for i, item in enumerate(prox)
+        ]
+        record.statistics += statistics if sums is None else sums.totals().unbind()
         if plain and square is not None:
             self._step_plain(plain, coef, square)
             record.plain_squares.append(squares[0])
@@ -210,11 +220,16 @@ class ProxAdamW(Optimizer):
     def _squares(self, items: Sequence[Parameter]) -> Tensor:
         """Squared gradient norms, fp64 [items]; of the total gradient with clip="total"."""
         squares: dict[int, Tensor] = {}
-        if self._settings.clip == "total":
-            for item in items:
-                if (w0 := self._pretrained(item)) is not None:
-                    lam, eps = item.group["lambda2"], item.group["frozen_eps"]
-                    squares[item.index] = gradient_square(local(item.p), w0, lam, eps, item.gradient)
+        if self._settings.clip == "total" and (pulled := [item for item in items if self._pretrained(item) is not None]):
+            rows = [gradient_square_rows(local(item.p)) for item in pulled]
+            sums = self._sums("squares", rows, 1, pulled[0].p.device)
+            totals = []
+            for i, item in enumerate(pulled):
+                lam, eps, part = item.group["lambda2"], item.group["frozen_eps"], None if sums is None else sums.part(i)
+                totals.append(gradient_square(local(item.p), self._pretrained(item), lam, eps, item.gradient, partial=part))
+            if sums is not None:
+                totals = list(sums.totals()[:, 0].unbind())
+            squares = {item.index: total for item, total in zip(pulled, totals, strict=True)}
         rest = [item for item in items if item.index not in squares]
         if rest:
             dtype = torch.float64 if any(item.p.dtype == torch.float64 for item in rest) else torch.float32
@@ -222,7 +237,14 @@ class ProxAdamW(Optimizer):
             squares |= {item.index: norm.double().square() for item, norm in zip(rest, norms, strict=True)}
         return all_sum(torch.stack([squares[item.index] for item in items]), [item.p for item in items])
 
-    def _step_prox(self, item: Parameter, coef: Tensor | None) -> Tensor:
+    def _sums(self, name: str, rows: Sequence[int | None], width: int, device: torch.device) -> PartialSums | None:
+        """Room for partial sums, kept from step to step while the parameters stay the same."""
+        key = (tuple(rows), width, device)
+        if name not in self._room or self._room[name][0] != key:
+            self._room[name] = key, partial_sums(rows, width, device)
+        return self._room[name][1]
+
+    def _step_prox(self, item: Parameter, coef: Tensor | None, partial: Tensor | None) -> Tensor:
         group, state, part = item.group, self.state[item.p], part_of(item.p)
         precision, scale = self._settings.precision, group["column_scale"]
         state["step"] += 1
@@ -249,6 +271,7 @@ class ProxAdamW(Optimizer):
             w0=self._pretrained(item),
             column_scale=None if scale is None else scale[part.columns],
             grad_coef=coef,
+            partial=partial,
         )
 
     def _step_plain(self, items: Sequence[Parameter], coef: Tensor | None, square: Tensor) -> None:
@@ -361,7 +384,7 @@ class ProxAdamW(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings}
+        return {**super().__getstate__(), "_settings": self._settings, "_room": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p, saved in state["state"].items():

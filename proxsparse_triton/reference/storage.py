@@ -18,8 +18,8 @@ ROUNDS = 7
 
 
 def random_words(seed: int, offset: int, blocks: int, device: torch.device) -> Tensor:
-    """Philox2x32-7 of the counters offset, offset + 1, ... (modulo 2^32), key and upper counter from the halves of `seed`: [blocks, 2] words
-    in int64.
+    """Philox2x32-7 of the counters offset, offset + 1, ... (modulo 2^32), key and upper counter from the halves of `seed`:
+    [blocks, 2] words in int64.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """

@@ -200,13 +200,15 @@ def two_minima(n: int = 64 * N) -> Tensor:
     return u[three.valid & four.valid & (u[:, 3] < a * b + b * c + c * a)]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.075), (0.075, 0.25), (0.25, 0.4), (0.4, 0.5), (0.5, 0.6), (0.6, 0.65), (0.65, 0.7)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.05), (0.05, 0.22), (0.22, 0.32), (0.32, 0.42), (0.42, 0.52), (0.52, 0.62), (0.62, 0.72), (0.72, 0.8)]
+)
 def test_sweeps(device: str, low: float, high: float) -> None:
-    """Each number of sweeps where it has the most to do: just below the sum from which there are more. To 1.5e-7, as `sweeps` says."""
+    """Each number of sweeps where it has the most to do: just below the sum from which there are more. As exact as `sweeps` says."""
     z = shuffled(easy_blocks(low, high))
     assert ((low < tops(z)) & (tops(z) <= high)).all()
     assert high <= SWEEPS_UP_TO.value
-    assert_optimal(run(z, device), z, 1.6e-7)
+    assert_optimal(run(z, device), z, 1.6e-7)  # and fp32's own roundings
 
 
 @pytest.mark.parametrize("family", general_blocks(4))
@@ -216,12 +218,12 @@ def test_decisions(device: str, family: str) -> None:
     assert_optimal(run(z, device), z)
 
 
-@pytest.mark.parametrize("top", [0.75, 1.0, 1.4, 1.5, 1.7, 2.2])
+@pytest.mark.parametrize("top", [0.9, 1.3, 1.5, 1.7, 2.2, 3.0])
 def test_steps_of_newton(device: str, top: float) -> None:
     """Each number of Newton steps where it has the most to do."""
     general = torch.cat(list(general_blocks(16 * N).values()))
     total = general.sum(-1)
-    z = shuffled(torch.cat([easy_blocks(0.7, top), general[(total > 0.701) & (total < 0.999 * top)]]))
+    z = shuffled(torch.cat([easy_blocks(0.8, top), general[(total > 0.801) & (total < 0.999 * top)]]))
     assert ((tops(z) > SWEEPS_UP_TO.value) & (tops(z) <= top)).all()
     assert_optimal(run(z, device), z)
 
@@ -286,6 +288,35 @@ def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: lis
     assert_same_solution(beside[others], alone[others], z[others], LAM)
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("kind", ["easy", "hard", "one of each"])
+def test_pairs_of_bf16_blocks(device: str, kind: str, scaled: bool) -> None:
+    """A thread holds two neighbouring blocks: both swept, both hard, or one of them, and each gets its own answer."""
+    easy, hard = easy_blocks(0.0, 0.7)[: 2 * TILE], torch.cat(list(general_blocks().values()))[: 2 * TILE]
+    u = {"easy": easy, "hard": hard, "one of each": torch.where(torch.arange(2 * TILE)[:, None] % 2 == 0, easy, hard)}[kind]
+    z = shuffled(u).bfloat16().view(2, -1)
+    scale = 0.5 + rand(z.shape[1], seed=1).float() if scaled else None
+    w = torch.full_like(z, float("nan"), device=device)
+    prox.prox_24(z.to(device), LAM, None if scale is None else scale.to(device), w, Launch(tile_blocks=TILE, num_warps=1))
+    column = torch.ones(z.shape[1]) if scale is None else scale
+    blocks, solved = (column * z.float()).view(-1, 4), (column * w.cpu().float()).view(-1, 4)
+    # Two roundings of one solution to bf16 lie 2^-8 apart at most, and the objective is flat at a minimum.
+    assert_optimal(solved, blocks, 2.0**-14)
+    expected = reference_prox.prox_24(z.float(), LAM, column_scale=scale).bfloat16()
+    assert (w.cpu() == expected).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 7), (1, 0), (1, 4 * TILE - 1)], ids=str)
+def test_a_nan_in_a_pair_stays_in_its_block(device: str, place: tuple[int, int]) -> None:
+    z = shuffled(easy_blocks(0.0, 0.7)[: 2 * TILE]).bfloat16().view(2, -1)
+    z[place] = float("nan")
+    w = torch.zeros_like(z, device=device)
+    prox.prox_24(z.to(device), LAM, None, w, Launch(tile_blocks=TILE, num_warps=1))
+    nan = torch.zeros(z.shape, dtype=torch.bool)
+    nan[place[0], place[1] // 4 * 4 : place[1] // 4 * 4 + 4] = True
+    assert torch.equal(w.cpu().isnan(), nan)
+
+
 # --- tiles of a program ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,24 +324,24 @@ def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: lis
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("shape", [(1, 4), (1, 124), (33, 4), (3, 172), (7, 148), (1, 2052)], ids=str)
 def test_programs_of_several_tiles(device: str, shape: tuple[int, int], scaled: bool, dtype: torch.dtype) -> None:
-    """1, 31, 33, 129, 259 and 513 blocks: as from a program for each tile bit for bit, and nothing beyond the last block is touched."""
+    """1, 31, 33, 129, 259 and 513 blocks: as from programs of one tile bit for bit, and nothing beyond the last block is touched."""
     size = shape[0] * shape[1]
     z = torch.full((size + 4096,), float("nan"), dtype=dtype, device=device)
     easy = torch.arange(size) // 128 % 2 == 0  # every other tile, the last ones among them: one number read too many changes their path
     z[:size] = (torch.randn(size, generator=torch.Generator().manual_seed(0)) * torch.where(easy, 0.2, 1.0)).to(dtype)
     scale = 0.1 + rand(shape[1], seed=1).float() if scaled else None
 
-    def result(z: Tensor, programs: int | None) -> Tensor:
+    def result(z: Tensor, tiles: int) -> Tensor:
         canvas = torch.full_like(z, float("nan"))
         w = canvas[:size].view(shape)
-        launch = Launch(tile_blocks=32, num_warps=1, resident=programs)
+        launch = Launch(tile_blocks=32, num_warps=1, tiles=tiles)
         prox.prox_24(z[:size].view(shape), 0.5, None if scale is None else scale.to(device), w, launch)
         assert canvas[size:].isnan().all()
         return w
 
-    solved = result(z.float(), None)
+    solved = result(z.float(), 1)
     values = z[:size].view(shape).float().cpu()
     assert_same_solution(solved, reference_prox.prox_24(values, 0.5, column_scale=scale), values, 0.5, scale)
-    assert same_bits(result(z.float().nan_to_num(0), None), solved)
-    for programs in (None, 1, 2, 7):
-        assert same_bits(result(z, programs), solved.to(dtype))
+    assert same_bits(result(z.float().nan_to_num(0), 1), solved)
+    for tiles in (1, 3, 8):
+        assert same_bits(result(z, tiles), solved.to(dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -23,17 +22,9 @@ def test_one_warp_a_program_and_one_block_a_thread(settings: launch.Launch) -> N
     assert (settings.tile_blocks, settings.num_warps) == (32, 1)
 
 
-@pytest.mark.parametrize(("resident", "n_blocks", "programs"), [(None, 100, 4), (3, 100, 3), (3, 64, 2), (3, 1, 1), (1, 1 << 30, 1)])
-def test_programs_share_the_tiles_or_take_one_each(resident: int | None, n_blocks: int, programs: int) -> None:
-    assert launch.Launch(32, 1, resident).programs(n_blocks, torch.device("cpu")) == programs
-
-
-@pytest.mark.gpu
-def test_no_program_waits_for_another() -> None:
-    """As many as fit at a time: a second wave would double the time of a small tensor."""
-    device = torch.device("cuda")
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    assert launch.PROX.programs(1 << 30, device) == 32 * multiprocessors
+@pytest.mark.parametrize(("tiles", "n_blocks", "programs"), [(1, 100, 4), (3, 100, 2), (2, 64, 1), (8, 1, 1)])
+def test_programs_of_several_tiles(tiles: int, n_blocks: int, programs: int) -> None:
+    assert launch.Launch(32, 1, tiles).programs(n_blocks) == programs
 
 
 @pytest.mark.parametrize("kernel_interpreted", [False, True])

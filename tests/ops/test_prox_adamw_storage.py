@@ -10,6 +10,7 @@ from adversarial import same_bits
 from stepping import (
     BF16,
     FP32,
+    HAVE_TRITON,
     SPARSE,
     STORAGES,
     Case,
@@ -33,6 +34,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, fr
 tiles = pytest.fixture(autouse=True, scope="module")(small_tiles)
 
 
+@pytest.fixture
+def one_tile_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of the card in the interpreter too: how exactly a block is solved depends on its neighbours."""
+    if HAVE_TRITON:
+        from proxsparse_triton.kernels import launch, prox_adamw
+
+        monkeypatch.setattr(prox_adamw, "fused", lambda *_: launch.FUSED)
+
+
 # --- storage ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -52,13 +62,9 @@ def first_step(storage: Storage, device: str, backend: str, settings: StepSettin
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("storage", [s for s in STORAGES if s[0] == BF16], ids=storage_name)
 def test_what_is_stored_is_the_fp32_result_rounded(
-    device: str, backend: str, storage: Storage, stochastic: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, backend: str, storage: Storage, stochastic: bool, one_tile_for_all: None
 ) -> None:
     """Weights and bf16 moments bit for bit; 8-bit codes too but for one in 500 by one, where fp32 roundings meet a border."""
-    if backend == "triton":  # the same tiles for all: how exactly a block is solved depends on its neighbours
-        from proxsparse_triton.kernels import launch, prox_adamw
-
-        monkeypatch.setattr(prox_adamw, "fused", lambda *_: launch.FUSED)
     settings = dataclasses.replace(SPARSE, lambda2=0.0, step=1, stochastic=stochastic, seed=0xFEDCBA9876543210, offset=12345)
     exact = first_step((FP32, 0, "fp32"), device, backend, settings)
     stored = first_step(storage, device, backend, settings)
@@ -86,8 +92,8 @@ def test_what_is_stored_is_the_fp32_result_rounded(
 
 @every_backend
 @pytest.mark.parametrize("storage", [(BF16, 0, "bf16"), (BF16, 8, "int8"), (BF16, 16, "fp32")], ids=storage_name)  # each kind once
-def test_shards_of_rows_are_the_whole(device: str, backend: str, storage: Storage) -> None:
-    """Bit for bit, whatever is stepped first: a weight's random bits belong to its place in the whole tensor."""
+def test_shards_of_rows_are_the_whole(device: str, backend: str, storage: Storage, one_tile_for_all: None) -> None:
+    """Bit for bit, whatever is stepped first, where rows are whole tiles: random bits belong to a weight's place in the whole tensor."""
     whole = case((5, 128), storage).to(device)
     settings = dataclasses.replace(SPARSE, stochastic=True, seed=77)
     shards = [whole.clone(lambda x, rows=rows: x[rows].clone()) for rows in (slice(3, 5), slice(0, 3))]

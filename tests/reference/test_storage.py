@@ -76,7 +76,7 @@ def test_random_bits_belong_to_places() -> None:
 
 
 def test_random_bits_are_even_and_independent() -> None:
-    """Of neighbouring weights, blocks, and keys that differ in one bit of either half: every bit half the time, correlations within chance."""
+    """Of neighbouring weights and blocks, and of keys that differ in a bit of either half: bits half the time, correlations by chance."""
     bits = random_bits(torch.empty(1 << 16, 4), 0x0123456789ABCDEF, 0)
     ones = (bits.unsqueeze(-1) >> torch.arange(16) & 1).double()
     assert (ones.mean((0,)) - 0.5).abs().max() < 0.01  # 5 standard deviations
