@@ -375,8 +375,9 @@ def test_gradient_square_is_the_square_of_the_sum(
 
 
 @needs_triton
+@pytest.mark.parametrize("row", [4, 8])
 @pytest.mark.parametrize("n", [1, 767, 768, 769, 2000])
-def test_norm_pass_of_several_tiles(device: str, n: int) -> None:
+def test_norm_pass_of_several_tiles(device: str, n: int, row: int) -> None:
     """Programs of three tiles, which the interpreter does not get otherwise; nothing beyond the last weight is read."""
     from proxsparse_triton.kernels.frozen_penalty import _gradient_square_kernel
 
@@ -386,7 +387,7 @@ def test_norm_pass_of_several_tiles(device: str, n: int) -> None:
     for x in (w, w0, grad):
         x[n:] = NAN
     partial = torch.full((-(-n // 768),), NAN, device=device)
-    _gradient_square_kernel[(len(partial),)](w, w0, grad, partial, LAM, EPS, n, HAS_W0=True, TILE=256, TILES=3)
+    _gradient_square_kernel[(len(partial),)](w, w0, grad, partial, LAM, EPS, n, HAS_W0=True, ROW=row, TILE=256, TILES=3)
     torch.testing.assert_close(partial.sum(dtype=torch.float64), expected, rtol=1e-6, atol=0)
 
 
