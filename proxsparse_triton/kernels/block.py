@@ -39,13 +39,6 @@ def ranks(a, b, c, d):
 
 
 @triton.jit
-def _words(raw):
-    """The two 32-bit halves of bf16 blocks."""
-    half = tl.arange(0, 2)[None, :]
-    return tl.sum(tl.where(half == 0, raw, 0), axis=1), tl.sum(tl.where(half == 1, raw, 0), axis=1)
-
-
-@triton.jit
 def inside(tile, n_blocks, EVEN: tl.constexpr, TILE_BLOCKS: tl.constexpr):
     """Which blocks of a tile there are; EVEN: all, and then loads and stores need no mask."""
     block = tl.arange(0, TILE_BLOCKS)

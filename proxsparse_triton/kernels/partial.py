@@ -1,5 +1,7 @@
 """Partial sums of several launches, added up by one."""
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -30,10 +32,10 @@ class PartialSums:
 
     def __init__(self, rows: tuple[int, ...], width: int, device: torch.device) -> None:
         """rows: partial sums of each tensor, each of `width` numbers."""
-        ends = torch.tensor(rows, dtype=torch.int64).cumsum(0).tolist()
-        self._starts = [0, *ends]
-        self._device_starts = torch.tensor(self._starts, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(ends[-1], width, dtype=torch.float32, device=device)
+        self._starts = list(itertools.accumulate(rows, initial=0))
+        starts = torch.tensor(self._starts, dtype=torch.int64, pin_memory=device.type == "cuda")  # pinned: no wait for the device
+        self._device_starts = starts.to(device, non_blocking=True)
+        self._sums = torch.zeros(self._starts[-1], width, dtype=torch.float32, device=device)
 
     def part(self, index: int) -> Tensor:
         """fp32 [rows of that tensor, width]."""

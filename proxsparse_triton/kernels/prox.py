@@ -32,7 +32,7 @@ def _prox_tile(out_ptr, scale_ptr, raw, lam, rate, row_blocks, tile, mask, HAS_S
     scale = z
     if HAS_SCALE:
         scale = load_scale(scale_ptr, tl.cast(tile, tl.int64) * mask.shape[0], 1, row_blocks, mask.shape[0])
-    w = prox_magnitude(z, scale, lam, rate, tl.zeros([mask.shape[0]], tl.float32), HAS_SCALE)
+    w = prox_magnitude(z, scale, lam, rate, HAS_SCALE)
     store_signed(out_ptr, w, raw, tile, mask)
 
 

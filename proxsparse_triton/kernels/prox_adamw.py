@@ -24,7 +24,7 @@ from .prox import load_scale
 from .ptx import reciprocal, signed, upper_halves
 from .solver import largest, prox_magnitude
 
-STATISTICS = 4
+STATISTICS = tl.constexpr(4)
 PHILOX_ROUNDS = tl.constexpr(7)
 PHILOX_MULTIPLIER = tl.constexpr(0xD256D193)
 PHILOX_KEY_STEP = tl.constexpr(0x9E3779B9)
@@ -134,19 +134,19 @@ def _adamw(
     w, m, v, grad, pull, coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction,
     HAS_W0: tl.constexpr, CLIP_TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """The step without the prox: (w, m, v, squared gradient of each block, 0, or NaN where the block has a gradient that is not finite)."""
+    """The step without the prox: (w, m, v, squared gradient of each block, whether the block has a gradient that is not finite)."""
     total = grad
     if HAS_W0:
         total = grad + pull
     g = coef * total
     square = tl.sum(total * total, axis=1)
-    poison = square - square  # infinite or NaN
+    broken = (square - square) != 0  # infinite or NaN
     if HAS_W0 and not CLIP_TOTAL:
         g = coef * grad + pull
         square = tl.sum(grad * grad, axis=1)
     m += beta1_rest * (g - m)
     v = beta2 * v + beta2_rest * g * g
-    return w * decay - step_size * m * reciprocal(tl.sqrt(v) * root_correction + eps), m, v, square, poison
+    return w * decay - step_size * m * reciprocal(tl.sqrt(v) * root_correction + eps), m, v, square, broken
 
 
 @triton.jit
@@ -213,10 +213,9 @@ def _step_tile(
     pull = tl.zeros_like(grad)
     if HAS_W0:
         penalty, pull = penalty_terms(w, unpack_blocks(load_blocks(w0_ptr, tile, here)), lambda2, frozen_eps)
-    w, m, v, square, poison = _adamw(
+    w, m, v, square, broken = _adamw(
         w, m_old, v_old, grad, pull, coef, step_size, decay, eps, beta1_rest, beta2, beta2_rest, root_correction, HAS_W0, CLIP_TOTAL
     )
-    broken = poison != 0
     # The interpreter cannot spread a truth value over a tile, but a number.
     writable = here & (tl.zeros_like(square) + (coef - coef) == 0)
     kept_out = writable & (broken == 0)
@@ -234,13 +233,13 @@ def _step_tile(
         scale = w
         if HAS_SCALE:
             scale = load_scale(scale_ptr, tl.cast(tile, tl.int64) * TILE_BLOCKS, 1, row_blocks, TILE_BLOCKS)
-        w = signed(prox_magnitude(w, scale, lambda1, rate, poison, HAS_SCALE), w)
+        w = signed(prox_magnitude(w, scale, lambda1, rate, HAS_SCALE), w)
         first = column(w, 0)
         nan = (first != first)[:, None]  # all of a block or none
     # The card's own NaN is all ones: anything added to its bits would wrap around to -0.0.
     w = tl.where(nan, float("nan"), w)
     _store_weight(w_ptr, residual_ptr, w, random, tile, kept_out, RESIDUAL_BITS, STOCHASTIC)
-    is_24 = tl.where(here & (tl.sum(tl.where(w == 0, 1.0, 0.0), axis=1) >= 2), 1.0, 0.0)
+    is_24 = tl.where(kept_out & (tl.sum(tl.where(w == 0, 1.0, 0.0), axis=1) >= 2), 1.0, 0.0)
     return tl.sum(penalty, axis=1), square, is_24, tl.where(here & broken, 1.0, 0.0)
 
 
@@ -284,16 +283,16 @@ def _prox_adamw_kernel(
         squares += square
         count_24 += is_24
         count_broken += broken
-    at = partial_ptr + program * 4
+    at = partial_ptr + program * STATISTICS
     tl.store(at, tl.sum(penalty, axis=0))
     tl.store(at + 1, tl.sum(squares, axis=0))
     tl.store(at + 2, tl.sum(count_24, axis=0))
     tl.store(at + 3, tl.sum(count_broken, axis=0))
 
 
-def partial_rows(w: Tensor, state: AdamState) -> int:
-    """Partial sums, STATISTICS numbers each, that a launch leaves."""
-    return fused(interpreted(_prox_adamw_kernel), state.exp_avg_scale is not None).programs(w.numel() // 4)
+def partial_rows(w: Tensor, eight_bit: bool) -> int:
+    """Partial sums, STATISTICS numbers each, that a launch leaves; eight_bit: its moments."""
+    return fused(interpreted(_prox_adamw_kernel), eight_bit).programs(w.numel() // 4)
 
 
 def prox_adamw(

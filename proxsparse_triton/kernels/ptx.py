@@ -80,7 +80,7 @@ def signed_pair(low, high, signs):
         )  # fmt: skip
     else:
         low_sign, high_sign = halves(signs)
-        return nearest_pair(signed(low, low_sign), signed(high, high_sign))
+        return upper_halves(signed(nearest_bf16(low), low_sign), signed(nearest_bf16(high), high_sign))
 
 
 @triton.jit

@@ -163,7 +163,7 @@ def three_kept(a, b, c, top):
 
     Given t = w3, w1 + w2 = (a + b) / (1 + t) and w1 - w2 = (a - b) / (1 - t); what is left is g(t) = t - c + w1 w2 = 0. Halley's method
     starts from a multiple of the larger root of g's parabola at 0, or from an upper bound if that is less: the inflection
-    b / (a + sqrt(a^2 - b^2)), c, 3/4. One step leaves 3e-7 of |u|^2 / 2 in the objective up to top = 1.3, two 4e-7 anywhere (2e6 blocks).
+    b / (a + sqrt(a^2 - b^2)), c, 3/4. One step leaves 3e-7 of |u|^2 / 2 in the objective up to top = 1.3, two less anywhere (2e6 blocks).
     """
     excess = c - a * b
     slope = 1 - a * a - b * b
@@ -212,7 +212,7 @@ def four_kept(a, b, c, d, s, m, steps):
 
 @triton.jit
 def steps_four(top):
-    """Steps of `four_kept` after one sweep from three kept, where the largest sum of u is `top` (0: no such block): 4e-7 of |u|^2 / 2 are
+    """Steps of `four_kept` after one sweep from three kept, where the largest sum of u is `top` (0: no such block): 3e-7 of |u|^2 / 2 are
     left in the objective at most (4e5 blocks)."""
     return (top > 0).to(tl.int32) + (top > 0.9).to(tl.int32) + (top > 1.7).to(tl.int32)
 
@@ -352,14 +352,12 @@ def settled(w, total):
 
 
 @triton.jit
-def prox_magnitude(z, scale, lam, rate, poison, HAS_SCALE: tl.constexpr):
+def prox_magnitude(z, scale, lam, rate, HAS_SCALE: tl.constexpr):
     """|w| of w = argmin 1/2 ||w - z||^2 + lam R(w) of each block of a tile [TILE_BLOCKS, 4], in the metric of `scale`; fp32.
 
-    `rate` is 1 / lam. Where a weight is dropped the result is 0 or negative. A block with a NaN, or with one in `poison` [TILE_BLOCKS],
-    is all NaN.
+    `rate` is 1 / lam. Where a weight is dropped the result is 0 or negative. A block with a NaN is all NaN.
     """
     v1, v2, v3, v4, total = strengths(z, scale, lam, HAS_SCALE)
-    total += poison
     top = largest(total)
     if top <= SWEEPS_UP_TO:
         e1, e2, e3, e4 = sweeps(lam * v1, lam * v2, lam * v3, lam * v4, top)
@@ -383,7 +381,6 @@ def prox_magnitude_pair(z, other, scale, other_scale, lam, rate, HAS_SCALE: tl.c
         w = shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE)
         other_w = shrunk(other, other_scale, rate, f1, f2, f3, f4, HAS_SCALE)
     else:
-        no_poison = tl.zeros_like(total)
         w = z
         other_w = other
         turns = 2 - (top < 0).to(tl.int32)  # two, but the compiler must not see it and unroll
@@ -392,6 +389,6 @@ def prox_magnitude_pair(z, other, scale, other_scale, lam, rate, HAS_SCALE: tl.c
             turn_scale = scale
             if HAS_SCALE:
                 turn_scale = tl.where(first, scale, other_scale)
-            solved = prox_magnitude(tl.where(first, w, other_w), turn_scale, lam, rate, no_poison, HAS_SCALE)
+            solved = prox_magnitude(tl.where(first, w, other_w), turn_scale, lam, rate, HAS_SCALE)
             w, other_w = tl.where(first, solved, w), tl.where(first, other_w, solved)
     return w, other_w

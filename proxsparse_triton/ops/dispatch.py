@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -21,13 +22,22 @@ def have_triton() -> bool:
     return TRITON_INSTALLED
 
 
+@functools.cache
+def kernels_compile(device: torch.device) -> bool:
+    """Whether a CUDA device can run the kernels, whose PTX is of compute capability 8.0."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def choose_backend(function: str, tensor: Tensor, backend: str | None) -> str:
-    """CUDA -> triton, everything else (and fp64) -> reference, unless `backend` says otherwise.
+    """CUDA from Ampere on -> triton, everything else (and fp64) -> reference, unless `backend` says otherwise.
 
     Raises: ConfigError: unknown backend. BackendError: triton asked for where it cannot run.
     """
     if backend is None:
-        return "triton" if tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and have_triton() else "reference"
+        able = tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and have_triton()
+        # torch.compile, which cannot ask a device, needs a card as new anyway.
+        able = able and (torch.compiler.is_compiling() or kernels_compile(tensor.device))
+        return "triton" if able else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"{function}: expected backend 'triton' or 'reference', got {backend!r}. Leave it out to choose by device.")
     if backend == "reference":
@@ -46,6 +56,11 @@ def choose_backend(function: str, tensor: Tensor, backend: str | None) -> str:
     return backend
 
 
+def flat(x: Tensor) -> Tensor:
+    """x, or a copy, as the kernels address it: contiguous, and two bf16 weights in one word."""
+    return x if x.is_contiguous() and x.data_ptr() % 4 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
 def check_floating(function: str, name: str, value: object) -> None:
     """TypeError unless `value` is a tensor of a supported floating dtype."""
     if not isinstance(value, Tensor):
@@ -60,6 +75,17 @@ def check_strength(function: str, name: str, value: float, *, positive: bool = F
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (positive and value == 0):
         rule = "> 0" if positive else ">= 0"
         raise ConfigError(f"{function}: expected a finite {name} {rule}, got {value!r}. Choose another value.")
+
+
+def check_partial(function: str, partial: Tensor | None, rows: int | None, width: int, device: torch.device) -> None:
+    """ConfigError or ShapeError unless `partial` is missing or room for the sums of a launch; `rows` is None where the reference runs."""
+    if partial is None:
+        return
+    if rows is None:
+        raise ConfigError(f"{function}: expected no partial where the reference runs, got one. Leave it out.")
+    check_like(function, "partial", partial, (rows, width), device)
+    if partial.dtype != torch.float32 or not partial.is_contiguous():
+        raise ConfigError(f"{function}: expected a contiguous float32 partial, got {partial.dtype}. Take it from partial_sums.")
 
 
 def check_like(function: str, name: str, value: Tensor, shape: Sequence[int], device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from ..reference import frozen_penalty as reference
-from .dispatch import check_floating, check_like, check_strength, choose_backend
+from .dispatch import check_floating, check_like, check_partial, check_strength, choose_backend
 
 
 def _evaluate(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: Tensor | None, accumulate: bool, backend: str) -> Tensor:
@@ -115,7 +115,7 @@ def gradient_square(
 
     Args: as `accumulate_frozen_penalty`; `grad` is only read. partial: fp32 [`gradient_square_rows`, 1] in which the kernel leaves its
         sums, and that is returned: for a caller who adds up the sums of many tensors at once.
-    Returns: fp64 scalar, without a graph.
+    Returns: fp64 scalar, without a graph, or `partial`.
     Raises: as `accumulate_frozen_penalty`.
     """
     function = "gradient_square"
@@ -125,9 +125,11 @@ def gradient_square(
     with torch.no_grad():
         w, w0 = w.detach(), None if w0 is None else w0.detach()
         if choose_backend(function, w, backend) == "reference":
+            check_partial(function, partial, None, 1, w.device)
             return reference.gradient_square(w, w0, float(lam), float(frozen_eps), grad)
         from ..kernels import frozen_penalty as kernel
 
+        check_partial(function, partial, kernel.gradient_square_rows(w), 1, w.device)
         w0 = None if w0 is None else w0.contiguous()
         sums = partial
         if sums is None:

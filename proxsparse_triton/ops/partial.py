@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ..kernels.partial import PartialSums
-
-__all__ = ["PartialSums", "partial_sums"]
+    from ..kernels.partial import PartialSums as PartialSums  # noqa: PLC0414 - for other modules' annotations
 
 
 def partial_sums(rows: Sequence[int | None], width: int, device: torch.device) -> PartialSums | None:

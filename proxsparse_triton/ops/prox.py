@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import prox as reference
 from ..sparsity import check_width
-from .dispatch import check_floating, check_like, check_strength, choose_backend
+from .dispatch import check_floating, check_like, check_strength, choose_backend, flat
 
 SMALLEST_LAM = 2.0**-126  # the least normal fp32: anything below acts as 0
 
@@ -20,8 +20,8 @@ def _compute(z: Tensor, lam: float, column_scale: Tensor | None, backend: str, o
 
     scale = None if column_scale is None else column_scale.float().contiguous()
     # A kernel reads and writes flat memory; views of another layout go through a copy.
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    prox.prox_24(z.contiguous(), lam, scale, target, launch.prox(not z.is_cuda))
+    target = flat(out)
+    prox.prox_24(flat(z), lam, scale, target, launch.prox(not z.is_cuda))
     if target is not out:
         out.copy_(target)
 

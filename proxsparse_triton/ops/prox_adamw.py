@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..reference import prox_adamw as reference
 from ..sparsity import check_width
 from ..step import MOMENT_GROUP, AdamState, StepSettings
-from .dispatch import check_floating, check_like, choose_backend
+from .dispatch import check_floating, check_like, check_partial, choose_backend, flat
 
 FUNCTION = "prox_adamw_"
 STATISTICS = 4
@@ -45,8 +45,7 @@ def prox_adamw_(
         column_scale: [in_features], see `prox_24`.
         grad_coef: scalar tensor on w's device, or None for 1. Where it is not finite nothing is written but the statistics.
         backend: see `prox_24`.
-        partial: fp32 [`prox_adamw_rows`, 4] in which the kernel leaves its sums, and that is returned: for a caller who steps many tensors
-            and adds up once.
+        partial: fp32 [`prox_adamw_rows`, 4] that takes the kernel's sums and is returned: for who steps many tensors and adds up once.
     Returns: fp64 [4] on w's device, without a host sync: penalty value at the old weight · squared norm of grad + p (of grad without
         `clip_total`), before `grad_coef` · number of blocks of the new w that were stepped and are 2:4 · number of blocks that keep w
         and its state since their gradient, or its square in fp32, is not finite.
@@ -56,8 +55,9 @@ def prox_adamw_(
     """
     _check(w, grad, state, w0, column_scale, grad_coef)
     chosen = choose_backend(FUNCTION, w, backend)
+    check_partial(FUNCTION, partial, None if chosen == "reference" else _rows(w, state), STATISTICS, w.device)
     if w.numel() == 0:
-        return torch.zeros(STATISTICS, dtype=torch.float64, device=w.device)
+        return torch.zeros(STATISTICS, dtype=torch.float64, device=w.device) if partial is None else partial
     with torch.no_grad():
         w, grad = w.detach(), grad.detach()
         if chosen == "reference":
@@ -65,25 +65,29 @@ def prox_adamw_(
         from ..kernels import prox_adamw as kernel
 
         # A kernel reads and writes flat memory; views of another layout go through a copy.
-        target = w.contiguous()
-        w0 = None if w0 is None else w0.detach().contiguous()
+        target = flat(w)
+        w0 = None if w0 is None else flat(w0.detach())
         scale = None if column_scale is None else column_scale.float().contiguous()
-        sums = partial
-        if sums is None:
-            sums = torch.empty(kernel.partial_rows(w, state), STATISTICS, dtype=torch.float32, device=w.device)
-        kernel.prox_adamw(target, grad.contiguous(), state, settings, w0, scale, grad_coef, sums)
+        sums = torch.empty(_rows(w, state), STATISTICS, dtype=torch.float32, device=w.device) if partial is None else partial
+        kernel.prox_adamw(target, flat(grad), state, settings, w0, scale, grad_coef, sums)
         if target is not w:
             w.copy_(target)
         return sums.sum(0, dtype=torch.float64) if partial is None else partial
 
 
-def prox_adamw_rows(w: Tensor, state: AdamState) -> int | None:
-    """Rows of `partial` that `prox_adamw_` needs for these tensors; None where the reference runs, which has no partial sums."""
+def prox_adamw_rows(w: Tensor, eight_bit: bool) -> int | None:
+    """Rows of `partial` that `prox_adamw_` needs, with 8-bit moments or others; None where the reference runs, which has none."""
     if choose_backend(FUNCTION, w, None) == "reference":
         return None
     from ..kernels import prox_adamw as kernel
 
-    return kernel.partial_rows(w, state)
+    return kernel.partial_rows(w, eight_bit)
+
+
+def _rows(w: Tensor, state: AdamState) -> int:
+    from ..kernels import prox_adamw as kernel
+
+    return kernel.partial_rows(w, state.exp_avg_scale is not None)
 
 
 def _check(w: Tensor, grad: Tensor, state: AdamState, w0: Tensor | None, column_scale: Tensor | None, grad_coef: Tensor | None) -> None:

@@ -165,7 +165,7 @@ class ProxAdamW(Optimizer):
             # Without a finite norm nothing is written.
             coef = torch.where(square.isfinite(), (max_norm / (square.sqrt() + 1e-6)).clamp_max(1), torch.nan)
         coef32 = None if coef is None else coef.float()
-        rows = [prox_adamw_rows(local(item.p), local_state(self.state[item.p])) for item in prox]
+        rows = [prox_adamw_rows(local(item.p), self._settings.precision.moments == "int8") for item in prox]
         sums = self._sums("statistics", rows, STATISTICS, items[0].p.device)
         statistics = [
             self._step_prox(item, coef32 if item.p.dtype != torch.float64 else coef, None if sums is None else sums.part(i))
@@ -384,10 +384,11 @@ class ProxAdamW(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings, "_room": {}}
+        return {**super().__getstate__(), "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p, saved in state["state"].items():
             if isinstance(saved, AsSaved):
                 state["state"][p] = unwrap(saved, p.device)
         super().__setstate__(state)
+        self.__dict__.setdefault("_room", {})

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from stepping import BF16, SPARSE, case, normal
 
+from proxsparse_triton.errors import ConfigError, ShapeError
 from proxsparse_triton.kernels.frozen_penalty import gradient_square_rows
 from proxsparse_triton.kernels.partial import ROWS, PartialSums
 from proxsparse_triton.kernels.prox_adamw import partial_rows
@@ -34,12 +35,28 @@ def test_a_step_leaves_the_sums_of_its_statistics(device: str) -> None:
     whole, parts = (case((63, 500), (BF16, 0, "bf16")).to(device) for _ in range(2))
     settings = dataclasses.replace(SPARSE, stochastic=True)
     expected = prox_adamw_(whole.w, whole.grad, whole.state, settings, w0=whole.w0, backend="triton")
-    sums = PartialSums((3, partial_rows(parts.w, parts.state)), 4, torch.device(device))
+    sums = PartialSums((3, partial_rows(parts.w, eight_bit=False)), 4, torch.device(device))
     room = sums.part(1)
     assert prox_adamw_(parts.w, parts.grad, parts.state, settings, w0=parts.w0, backend="triton", partial=room) is room
     torch.testing.assert_close(sums.totals()[1], expected, rtol=1e-12, atol=0)
     assert sums.totals()[0].eq(0).all()
     assert torch.equal(parts.w, whole.w)
+
+
+def test_room_that_does_not_fit_is_refused(device: str) -> None:
+    made = case((63, 500), (BF16, 0, "bf16")).to(device)
+    before = made.w.clone()
+    rows = partial_rows(made.w, eight_bit=False)
+    for room, error in (
+        (torch.zeros(rows + 1, 4, device=device), ShapeError),
+        (torch.zeros(rows, 4, dtype=torch.float64, device=device), ConfigError),
+        (torch.zeros(rows, 8, device=device)[:, ::2], ConfigError),
+    ):
+        with pytest.raises(error, match="partial"):
+            prox_adamw_(made.w, made.grad, made.state, SPARSE, backend="triton", partial=room)
+        with pytest.raises(ConfigError, match="reference runs"):
+            prox_adamw_(made.w, made.grad, made.state, SPARSE, backend="reference", partial=room)
+    assert torch.equal(made.w, before)
 
 
 def test_a_norm_pass_leaves_the_sums_of_its_squares(device: str) -> None:

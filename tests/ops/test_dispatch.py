@@ -10,9 +10,14 @@ from adversarial import needs_triton
 
 from proxsparse_triton.errors import BackendError, ConfigError, ShapeError
 from proxsparse_triton.ops import dispatch
-from proxsparse_triton.ops.dispatch import check_floating, check_like, check_strength, choose_backend, have_triton
+from proxsparse_triton.ops.dispatch import check_floating, check_like, check_strength, choose_backend, flat, have_triton, kernels_compile
 
 CUDA = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+
+
+@pytest.fixture(autouse=True)
+def new_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "kernels_compile", lambda device: True)
 
 
 @pytest.fixture
@@ -108,3 +113,26 @@ def test_check_like() -> None:
         check_like("f", "out", z, (2, 8), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"f: expected out on meta, got cpu. Move it with .to\('meta'\)"):
         check_like("f", "out", z, (2, 4), torch.device("meta"))
+
+
+def test_flat_copies_what_the_kernels_cannot_address() -> None:
+    x = torch.arange(9, dtype=torch.bfloat16)
+    assert flat(x) is x
+    for view in (x[1:], x.view(3, 3).t()):
+        copy = flat(view)
+        assert copy is not view
+        assert torch.equal(copy, view)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 4 == 0
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_kernels_need_ampere(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels_compile.__wrapped__(torch.device("cuda")) is expected
+
+
+def test_an_old_card_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "kernels_compile", lambda device: False)
+    assert choose_backend("f", CUDA, None) == "reference"

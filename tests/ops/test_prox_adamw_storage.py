@@ -213,6 +213,21 @@ def test_blocks_without_finite_gradient_are_left_alone(device: str, backend: str
 
 
 @every_backend
+@pytest.mark.parametrize("lambda1", [0.0, 0.1])
+@pytest.mark.parametrize("value", [NAN, INF, 1e20])
+def test_a_block_that_is_left_alone_does_not_count_as_stepped(device: str, backend: str, lambda1: float, value: float) -> None:
+    """Though it is 2:4; the square of 1e20 is infinite in fp32."""
+    made = case((1, 8), (FP32, 0, "fp32")).to(device)
+    made.w.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0, 1.0, 0.0, 0.0, 2.0]]))
+    made.grad.zero_()
+    made.grad[0, 0] = value
+    for x in (made.state.exp_avg, made.state.exp_avg_sq):
+        x.zero_()
+    statistics = made.step(dataclasses.replace(SPARSE, lambda1=lambda1, lambda2=0.0), backend)
+    assert statistics[2:].tolist() == [1, 1]
+
+
+@every_backend
 @every_storage
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_nothing_is_written_without_a_finite_coefficient(device: str, backend: str, storage: Storage, value: float) -> None:
