@@ -3,7 +3,7 @@
 A program is one warp: its branches are then uniform, and a tile takes the cheapest path that all of its blocks allow:
 
 1. sweeps: every block has u1 + u2 + u3 + u4 <= SWEEPS_UP_TO, u = lam |z|, where the problem has one minimum and coordinate
-   descent reaches it in 1 to 10 sweeps. No sorting. All published settings of lambda1 stay here.
+   descent reaches it in 1 to 11 sweeps. No sorting. All published settings of lambda1 stay here.
 2. decisions: sorted blocks; whether two, three or four weights are kept is decided by closed-form tests, not by comparing objectives.
 3. comparisons: as 2, plus the candidate with four kept weights found from scratch, where four nearly equal weights leave two minima.
 
@@ -98,14 +98,14 @@ def sweep(u1, u2, u3, u4, w1, w2, w3, w4):
 def sweeps(u1, u2, u3, u4, top):
     """e2(w without i) after as many sweeps from u as a tile needs whose largest sum of u is `top`.
 
-    The objective is then within 1.5e-7 of |u|^2 / 2. The most frequent cases, one and two, have no loop: a tile is so little work that a
-    few branches show.
+    The objective is then within 2e-11 of |u|^2 / 2 up to a sum of 0.06, 6e-10 up to 0.22, 2.5e-8 beyond. The most frequent cases, one and
+    two, have no loop: a tile is so little work that a few branches show.
     """
     w1, w2, w3, w4 = sweep(u1, u2, u3, u4, u1, u2, u3, u4)
-    if top > 0.05:
+    if top > 0.012:
         w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
-        if top > 0.22:  # then one for every tenth, and the convergence slows down at 0.72
-            for _ in range((10 * top - 1.2).to(tl.int32) + 2 * (top > 0.72).to(tl.int32)):
+        if top > 0.06:  # from 0.22 one more for every tenth; the convergence slows down at 0.72
+            for _ in range(1 + (10 * top - 1.2).to(tl.int32) + 2 * (top > 0.72).to(tl.int32)):
                 w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
     return pair_products(w1, w2, w3, w4)
 
@@ -158,12 +158,12 @@ def halley_step(c, half_sum, half_gap, t):
 
 
 @triton.jit
-def three_kept(a, b, c, top):
-    """The minimum with w4 = 0, for blocks where more than two are kept and whose largest sum of u is `top`: (w1, w2, w3).
+def three_kept(a, b, c):
+    """The minimum with w4 = 0, for blocks where more than two are kept: (w1, w2, w3).
 
     Given t = w3, w1 + w2 = (a + b) / (1 + t) and w1 - w2 = (a - b) / (1 - t); what is left is g(t) = t - c + w1 w2 = 0. Halley's method
     starts from a multiple of the larger root of g's parabola at 0, or from an upper bound if that is less: the inflection
-    b / (a + sqrt(a^2 - b^2)), c, 3/4. One step leaves 3e-7 of |u|^2 / 2 in the objective up to top = 1.3, two less anywhere (2e6 blocks).
+    b / (a + sqrt(a^2 - b^2)), c, 3/4. Two steps leave 1e-9 of |u|^2 / 2 in the objective up to a sum of 2, 4e-7 anywhere (2e6 blocks).
     """
     excess = c - a * b
     slope = 1 - a * a - b * b
@@ -177,8 +177,7 @@ def three_kept(a, b, c, top):
     half_sum = 0.5 * (a + b)
     half_gap = 0.5 * (a - b)
     t = halley_step(c, half_sum, half_gap, t)
-    if top > 1.3:
-        t = halley_step(c, half_sum, half_gap, t)
+    t = halley_step(c, half_sum, half_gap, t)
     r = reciprocal(1 - t * t)
     x = half_sum * (r - t * r)
     y = half_gap * (r + t * r)
@@ -212,9 +211,9 @@ def four_kept(a, b, c, d, s, m, steps):
 
 @triton.jit
 def steps_four(top):
-    """Steps of `four_kept` after one sweep from three kept, where the largest sum of u is `top` (0: no such block): 3e-7 of |u|^2 / 2 are
+    """Steps of `four_kept` after one sweep from three kept, where the largest sum of u is `top` (0: no such block): 2e-8 of |u|^2 / 2 are
     left in the objective at most (4e5 blocks)."""
-    return (top > 0).to(tl.int32) + (top > 0.9).to(tl.int32) + (top > 1.7).to(tl.int32)
+    return (top > 0).to(tl.int32) + (top > 0.7).to(tl.int32) + (top > 1.7).to(tl.int32)
 
 
 @triton.jit
@@ -261,16 +260,16 @@ def four_kept_from_scratch(a, b, c, d):
 
 
 @triton.jit
-def three_or_four(a, b, c, d, more, total, top):
-    """e2(w without i) at the best minimum with more than two kept, for the blocks `more`; `top` is their largest sum of u."""
-    w1, w2, w3 = three_kept(a, b, c, top)
+def three_or_four(a, b, c, d, more):
+    """e2(w without i) at the best minimum with more than two kept, for the blocks `more`."""
+    w1, w2, w3 = three_kept(a, b, c)
     dropped = w1 * w2 + w3 * (w1 + w2)
     four = more & (d > dropped)
     unsure = more & (d > dropped - 0.1 * d * dropped) & (w1 + w2 > 0.75) & (c > a * b)
     if some(unsure):
         unsure = unsure & may_have_two_minima(w1, w2, w3, four)
     v1, v2, v3, v4 = w1, w2, w3, tl.zeros_like(w1)
-    steps = steps_four(largest(tl.where(four & (unsure == 0), total, 0.0)))
+    steps = steps_four(largest(tl.where(four & (unsure == 0), (a + b) + (c + d), 0.0)))
     if steps > 0:
         x1, x2, x3, x4 = sweep(a, b, c, d, w1, w2, w3, v4)
         x1, x2, x3, x4 = four_kept(a, b, c, d, x1 + x2, x3 + x4, steps)
@@ -299,12 +298,10 @@ def decide(a, b, c, d):
     Three kept: u4 <= e2(w1, w2, w3) and w4 = 0. Else four, reached from there; where that is not certain both are compared.
     """
     more = more_than_two(a, b, c)
-    total = (a + b) + (c + d)
-    top = largest(tl.where(more, total, 0.0))
     e1, e2 = tl.zeros_like(a), tl.zeros_like(a)
     e3, e4 = e1 + INF, e1 + INF
-    if top > 0:
-        x1, x2, x3, x4 = three_or_four(a, b, c, d, more, total, top)
+    if some(more):
+        x1, x2, x3, x4 = three_or_four(a, b, c, d, more)
         e1 = tl.where(more, x1, e1)
         e2 = tl.where(more, x2, e2)
         e3 = tl.where(more, x3, e3)

@@ -201,14 +201,15 @@ def two_minima(n: int = 64 * N) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 0.05), (0.05, 0.22), (0.22, 0.32), (0.32, 0.42), (0.42, 0.52), (0.52, 0.62), (0.62, 0.72), (0.72, 0.8)]
+    ("low", "high"),
+    [(0.0, 0.012), (0.012, 0.06), (0.06, 0.22), (0.22, 0.32), (0.32, 0.42), (0.42, 0.52), (0.52, 0.62), (0.62, 0.72), (0.72, 0.8)],
 )
 def test_sweeps(device: str, low: float, high: float) -> None:
-    """Each number of sweeps where it has the most to do: just below the sum from which there are more. As exact as `sweeps` says."""
+    """Each number of sweeps where it has the most to do: just below the sum from which there are more. To 2.5e-8, as `sweeps` says."""
     z = shuffled(easy_blocks(low, high))
     assert ((low < tops(z)) & (tops(z) <= high)).all()
     assert high <= SWEEPS_UP_TO.value
-    assert_optimal(run(z, device), z, 1.6e-7)  # and fp32's own roundings
+    assert_optimal(run(z, device), z, 3e-8)
 
 
 @pytest.mark.parametrize("family", general_blocks(4))
@@ -276,7 +277,7 @@ def test_more_than_two_is_the_references_answer(device: str) -> None:
 
 
 @pytest.mark.parametrize("hard", [[0.3, 0.3, 0.3, 0.3], [3.0, 2.0, 1.0, 0.5], "two minima"], ids=["near", "far", "two minima"])
-@pytest.mark.parametrize("high", [0.05, 0.22, 0.52, 0.8, 1.5], ids=str)
+@pytest.mark.parametrize("high", [0.012, 0.06, 0.22, 0.52, 0.8, 1.5], ids=str)
 def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: list[float] | str) -> None:
     """The same blocks in a tile of their like and beside one hard block."""
     z = shuffled(easy_blocks(0.0, high))

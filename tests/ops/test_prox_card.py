@@ -32,9 +32,9 @@ def test_llama_shapes(shape: tuple[int, int], dtype: torch.dtype) -> None:
                 gaps = solution_gaps_on_card(w[part], expected[part], z[part], lam)
                 assert gaps.max() <= WORSE
         else:
-            assert (w == expected).float().mean() > 0.99  # objectives within 2e-7: minimisers within a tenth of bf16's step
+            assert (w == expected).float().mean() > 0.999
             solved = prox_24(z.float(), lam)
-            assert (w == solved.to(dtype)).float().mean() > 0.99  # its tiles are others, and with them the number of sweeps
+            assert (w == solved.to(dtype)).float().mean() > 0.999  # its tiles are others, and with them the number of sweeps
             assert solution_gaps_on_card(solved, prox_24(z.float(), lam, backend="reference"), z, lam).max() <= WORSE
 
 

@@ -69,17 +69,14 @@ def test_two_kept_blocks_are_fixed_points_bit_for_bit(device: str, backend: str,
 @prop
 @given(z=blocks, lam=lambdas)
 def test_signs_sizes_and_order(device: str, backend: str, z: Tensor, lam: float) -> None:
-    """Signs are kept, nothing grows, larger weights stay larger, at least the two largest survive, no -0.0.
-
-    The kernel's objectives are within 1e-6, so that its weights are within 1e-3 of the minimiser, flat as it is.
-    """
+    """Signs are kept, nothing grows, larger weights stay larger, at least the two largest survive, no -0.0."""
     w = prox_24(z.to(device), lam, backend=backend).cpu()
     assert ((w == 0) | (w.sign() == z.sign())).all()
     assert (w.abs() <= z.abs()).all()
     assert count_negative_zeros(w) == 0
     order = z.abs().sort(dim=-1, descending=True, stable=True).indices
     ranked = w.abs().gather(-1, order)
-    assert (ranked.diff() <= (1e-6 if backend == "reference" else 1e-3) * z.abs().amax(-1, keepdim=True)).all()
+    assert (ranked.diff() <= 1e-6 * z.abs().amax(-1, keepdim=True)).all()
     assert torch.equal(ranked[:, :2] > 0, z.abs().gather(-1, order)[:, :2] > 0)
 
 
