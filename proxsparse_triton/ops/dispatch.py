@@ -53,6 +53,8 @@ def choose_backend(function: str, tensor: Tensor, backend: str | None) -> str:
             f"{function}: expected a CUDA tensor for backend='triton', got {tensor.device.type}. "
             "Use backend='reference', or set TRITON_INTERPRET=1 before Python starts to run kernels slowly on the CPU."
         )
+    if tensor.is_cuda and not torch.compiler.is_compiling() and not kernels_compile(tensor.device):
+        raise BackendError(f"{function}: expected an Ampere GPU or newer for backend='triton', got an older one. Use backend='reference'.")
     return backend
 
 

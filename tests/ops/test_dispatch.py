@@ -136,3 +136,5 @@ def test_kernels_need_ampere(monkeypatch: pytest.MonkeyPatch, capability: tuple[
 def test_an_old_card_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "kernels_compile", lambda device: False)
     assert choose_backend("f", CUDA, None) == "reference"
+    with pytest.raises(BackendError, match="Ampere"):
+        choose_backend("f", CUDA, "triton")
