@@ -49,26 +49,38 @@ def inside(tile, n_blocks, EVEN: tl.constexpr, TILE_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def weights_of(ptr, tile, TILE_BLOCKS: tl.constexpr):
-    """Pointers [TILE_BLOCKS, 4] to the weights of a tile: 64-bit arithmetic once, then small offsets."""
-    return ptr + tl.cast(tile, tl.int64) * (TILE_BLOCKS * 4) + tl.arange(0, TILE_BLOCKS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+def weights_at(ptr, first, block):
+    """Pointers [TILE_BLOCKS, 4] to the weights of the blocks first + block: 64-bit arithmetic once, then small offsets."""
+    return ptr + tl.cast(first, tl.int64) * 4 + block[:, None] * 4 + tl.arange(0, 4)[None, :]
 
 
 @triton.jit
-def words_of(ptr, tile, TILE_BLOCKS: tl.constexpr):
-    """Pointers [TILE_BLOCKS, 2] to the 32-bit words of a tile of bf16 blocks."""
-    pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.cast(tile, tl.int64) * (TILE_BLOCKS * 2)
-    return pairs + tl.arange(0, TILE_BLOCKS)[:, None] * 2 + tl.arange(0, 2)[None, :]
+def words_at(ptr, first, block):
+    """Pointers [TILE_BLOCKS, 2] to the 32-bit words of the bf16 blocks first + block."""
+    pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.cast(first, tl.int64) * 2
+    return pairs + block[:, None] * 2 + tl.arange(0, 2)[None, :]
+
+
+@triton.jit
+def weights_of(ptr, tile, TILE_BLOCKS: tl.constexpr):
+    """Pointers [TILE_BLOCKS, 4] to the weights of a tile."""
+    return weights_at(ptr, tl.cast(tile, tl.int64) * TILE_BLOCKS, tl.arange(0, TILE_BLOCKS))
+
+
+@triton.jit
+def load_blocks_at(ptr, first, block, mask):
+    """Raw blocks where `mask`, zeros elsewhere: [TILE_BLOCKS, 4], or the words of bf16 blocks, [TILE_BLOCKS, 2] pairs in 32 bits, which
+    take fewer instructions and registers."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        return tl.load(words_at(ptr, first, block), mask=mask[:, None], other=0)
+    else:
+        return tl.load(weights_at(ptr, first, block), mask=mask[:, None], other=0)
 
 
 @triton.jit
 def load_blocks(ptr, tile, mask):
-    """A raw tile where `mask`, zeros elsewhere: [TILE_BLOCKS, 4], or the words of bf16 blocks, [TILE_BLOCKS, 2] pairs in 32 bits, which
-    take fewer instructions and registers."""
-    if ptr.dtype.element_ty == tl.bfloat16:
-        return tl.load(words_of(ptr, tile, mask.shape[0]), mask=mask[:, None], other=0)
-    else:
-        return tl.load(weights_of(ptr, tile, mask.shape[0]), mask=mask[:, None], other=0)
+    """`load_blocks_at` of a tile."""
+    return load_blocks_at(ptr, tl.cast(tile, tl.int64) * mask.shape[0], tl.arange(0, mask.shape[0]), mask)
 
 
 @triton.jit
@@ -76,6 +88,12 @@ def words(raw):
     """The two words of bf16 blocks as loaded."""
     half = tl.arange(0, 2)[None, :]
     return tl.sum(tl.where(half == 0, raw, 0), axis=1), tl.sum(tl.where(half == 1, raw, 0), axis=1)
+
+
+@triton.jit
+def both_words(first, second):
+    """Raw bf16 blocks [TILE_BLOCKS, 2] of their two words."""
+    return tl.where(tl.arange(0, 2)[None, :] == 0, first[:, None], second[:, None])
 
 
 @triton.jit
@@ -99,8 +117,7 @@ def unpack_blocks(raw):
 @triton.jit
 def store_words(ptr, first, second, tile, mask):
     """Stores a tile of bf16 blocks given as their two words."""
-    both = tl.where(tl.arange(0, 2)[None, :] == 0, first[:, None], second[:, None])
-    tl.store(words_of(ptr, tile, mask.shape[0]), both, mask=mask[:, None])
+    store_raw_at(ptr, both_words(first, second), tl.cast(tile, tl.int64) * mask.shape[0], tl.arange(0, mask.shape[0]), mask)
 
 
 @triton.jit
@@ -114,14 +131,25 @@ def store_blocks(ptr, x, tile, mask):
 
 
 @triton.jit
-def store_signed(ptr, magnitude, raw, tile, mask):
-    """Stores max(magnitude, 0) with the signs of `raw` (of ptr's type, as loaded), rounded to the nearest; no -0.0. NaN stays NaN."""
-    if ptr.dtype.element_ty == tl.bfloat16:
+def signed_raw(magnitude, raw, dtype: tl.constexpr):
+    """max(magnitude, 0) with the signs of `raw` (as `load_blocks` loaded it), rounded to the nearest of dtype, in the form of `raw`; no
+    -0.0. NaN stays NaN."""
+    if dtype == tl.bfloat16:
         first, second = words(raw)
         first = signed_pair(column(magnitude, 0), column(magnitude, 1), first)
-        store_words(ptr, first, signed_pair(column(magnitude, 2), column(magnitude, 3), second), tile, mask)
+        second = signed_pair(column(magnitude, 2), column(magnitude, 3), second)
+        return both_words(first, second)
     else:
-        w = signed(magnitude, raw.to(tl.float32)).to(ptr.dtype.element_ty)
-        if ptr.dtype.element_ty == tl.float16:
+        w = signed(magnitude, raw.to(tl.float32)).to(dtype)
+        if dtype == tl.float16:
             w += 0.0  # a negative weight that underflows
-        tl.store(weights_of(ptr, tile, mask.shape[0]), w, mask=mask[:, None])
+        return w
+
+
+@triton.jit
+def store_raw_at(ptr, raw, first, block, mask):
+    """Stores blocks in the form of `load_blocks_at`."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(words_at(ptr, first, block), raw, mask=mask[:, None])
+    else:
+        tl.store(weights_at(ptr, first, block), raw, mask=mask[:, None])

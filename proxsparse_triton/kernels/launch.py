@@ -29,7 +29,7 @@ BLOCKWISE = Launch(tile_blocks=256, num_warps=4)
 # one-tile programs alone takes 2.4 times the copy (bf16, 4096 x 11008, H200). A multiprocessor holds 32 programs; what limits the easy
 # tiles is how many bytes so few warps keep in flight, hence 16 bytes a thread and loads two or three tiles ahead. Programs that stay and
 # take every n-th tile were no faster in bf16, and in fp32 slower (89 against 94 %, both with 8 bytes a bf16 thread).
-PROX = Launch(tile_blocks=32, num_warps=1, tiles=4)
+PROX = Launch(tile_blocks=32, num_warps=1, tiles=8)
 # 8-bit moments: a tile is one group of weights that share a scale. Five streams are in flight without loading ahead, and registers decide
 # how many programs fit: 28 with 72 registers each.
 FUSED = Launch(tile_blocks=32, num_warps=1, tiles=8)

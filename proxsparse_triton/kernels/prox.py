@@ -5,97 +5,193 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block import column, inside, join, load_blocks, store_signed, unpack_blocks, unpack_words, weights_of
+from .block import both_words, column, inside, join, load_blocks_at, signed_raw, store_raw_at, unpack_blocks, words
 from .launch import Launch
-from .ptx import signed_pair
-from .solver import prox_magnitude, prox_magnitude_pair
+from .pending import CAPACITY, at, pending_list, push
+from .ptx import PTX
+from .solver import SWEEPS_UP_TO, count_hard, hard_magnitude, largest_of_two, prox_magnitude, shrunk, strengths, two_kept
+from .sweeps import sweeps_of_pairs
 
 MIN_SCALE = tl.constexpr(1e-20)
+FEW = tl.constexpr(32)  # of the 64 blocks of a pair of tiles
 
 
 @triton.jit
-def load_scale(scale_ptr, first, step: tl.constexpr, row_blocks, TILE_BLOCKS: tl.constexpr):
-    """Column scales [TILE_BLOCKS, 4] of the blocks first, first + step, ..., never 0."""
-    block = ((first % row_blocks).to(tl.int32) + tl.arange(0, TILE_BLOCKS) * step) % row_blocks
-    return tl.maximum(tl.load(scale_ptr + block[:, None] * 4 + tl.arange(0, 4)[None, :]).to(tl.float32), MIN_SCALE)
+def load_scale(scale_ptr, first, block, row_blocks):
+    """Column scales [TILE_BLOCKS, 4] of the blocks first + block, never 0."""
+    column_block = ((first % row_blocks).to(tl.int32) + block) % row_blocks
+    return tl.maximum(tl.load(scale_ptr + column_block[:, None] * 4 + tl.arange(0, 4)[None, :]).to(tl.float32), MIN_SCALE)
 
 
 @triton.jit
-def _load_tile(ptr, tile, last, n_blocks, EVEN: tl.constexpr, TILE_BLOCKS: tl.constexpr):
-    tile = tl.minimum(tile, last)
-    return load_blocks(ptr, tile, inside(tile, n_blocks, EVEN, TILE_BLOCKS))
-
-
-@triton.jit
-def _prox_tile(out_ptr, scale_ptr, raw, lam, rate, row_blocks, tile, mask, HAS_SCALE: tl.constexpr):
+def _prox_tile(out_ptr, scale_ptr, raw, lam, rate, row_blocks, first_block, block, mask, HAS_SCALE: tl.constexpr):
     z = unpack_blocks(raw)
     scale = z
     if HAS_SCALE:
-        scale = load_scale(scale_ptr, tl.cast(tile, tl.int64) * mask.shape[0], 1, row_blocks, mask.shape[0])
+        scale = load_scale(scale_ptr, first_block, block, row_blocks)
     w = prox_magnitude(z, scale, lam, rate, HAS_SCALE)
-    store_signed(out_ptr, w, raw, tile, mask)
+    store_raw_at(out_ptr, signed_raw(w, raw, out_ptr.dtype.element_ty), first_block, block, mask)
 
 
 @triton.jit
-def _load_pairs(ptr, tile, TILE_BLOCKS: tl.constexpr):
-    """16 bytes a thread, two bf16 blocks: [TILE_BLOCKS, 4] words of a tile of 2 TILE_BLOCKS blocks."""
-    words = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    return tl.load(weights_of(words, tile, TILE_BLOCKS))
+def _pair_places(first_block, index: tl.constexpr, ADJACENT: tl.constexpr, TILE_BLOCKS: tl.constexpr):
+    """Where the two tiles of a pair lie after first_block: adjacent blocks, so that a thread accesses 16 bytes of bf16, or in a row."""
+    lane = tl.arange(0, TILE_BLOCKS)
+    start: tl.constexpr = index * 2 * TILE_BLOCKS
+    if ADJACENT:
+        return start + 2 * lane, start + 2 * lane + 1
+    else:
+        return start + lane, start + TILE_BLOCKS + lane
 
 
 @triton.jit
-def _prox_pair(out_ptr, scale_ptr, raw, lam, rate, row_blocks, tile, HAS_SCALE: tl.constexpr, TILE_BLOCKS: tl.constexpr):
-    a, b, c, d = column(raw, 0), column(raw, 1), column(raw, 2), column(raw, 3)
-    z, other = unpack_words(a, b), unpack_words(c, d)
+def _load_pair(ptr, first_block, block, other_block, ADJACENT: tl.constexpr):
+    if ADJACENT:
+        pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.cast(first_block, tl.int64) * 2
+        four = tl.load(pairs + block[:, None] * 2 + tl.arange(0, 4)[None, :])
+        return both_words(column(four, 0), column(four, 1)), both_words(column(four, 2), column(four, 3))
+    else:
+        mask = block == block
+        return load_blocks_at(ptr, first_block, block, mask), load_blocks_at(ptr, first_block, other_block, mask)
+
+
+@triton.jit
+def _store_pair(ptr, raw, other_raw, first_block, block, other_block, ADJACENT: tl.constexpr):
+    if ADJACENT:
+        pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.cast(first_block, tl.int64) * 2
+        a, b = words(raw)
+        c, d = words(other_raw)
+        tl.store(pairs + block[:, None] * 2 + tl.arange(0, 4)[None, :], join(a, b, c, d))
+    else:
+        mask = block == block
+        store_raw_at(ptr, raw, first_block, block, mask)
+        store_raw_at(ptr, other_raw, first_block, other_block, mask)
+
+
+@triton.jit
+def _put_off(result, raw, z, scale, lam, rate, block, pending, pending_at, count, DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Leaves pending blocks as they were (z and out may be one tensor) and notes them. Where there is no list, solves them at once."""
+    if PTX:
+        return tl.where(pending[:, None], raw, result), push(pending_at, count, block, pending)
+    else:
+        solved = signed_raw(hard_magnitude(z, scale, lam, rate, HAS_SCALE), raw, DTYPE)
+        return tl.where(pending[:, None], solved, result), count
+
+
+@triton.jit
+def _prox_pair(
+    raw, other_raw, scale_ptr, lam, rate, row_blocks, first_block, block, other_block, pending_at, count,
+    DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Two tiles as loaded: their results in the same form, and how many blocks of the program are pending now."""
+    z, other = unpack_blocks(raw), unpack_blocks(other_raw)
     scale, other_scale = z, other
     if HAS_SCALE:
-        scale = load_scale(scale_ptr, 2 * tl.cast(tile, tl.int64) * TILE_BLOCKS, 2, row_blocks, TILE_BLOCKS)
-        other_scale = load_scale(scale_ptr, 2 * tl.cast(tile, tl.int64) * TILE_BLOCKS + 1, 2, row_blocks, TILE_BLOCKS)
-    w, other_w = prox_magnitude_pair(z, other, scale, other_scale, lam, rate, HAS_SCALE)
-    a = signed_pair(column(w, 0), column(w, 1), a)
-    b = signed_pair(column(w, 2), column(w, 3), b)
-    c = signed_pair(column(other_w, 0), column(other_w, 1), c)
-    d = signed_pair(column(other_w, 2), column(other_w, 3), d)
-    words = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    tl.store(weights_of(words, tile, TILE_BLOCKS), join(a, b, c, d))
+        scale = load_scale(scale_ptr, first_block, block, row_blocks)
+        other_scale = load_scale(scale_ptr, first_block, other_block, row_blocks)
+    v1, v2, v3, v4, total = strengths(z, scale, lam, HAS_SCALE)
+    x1, x2, x3, x4, other_total = strengths(other, other_scale, lam, HAS_SCALE)
+    top = largest_of_two(total, other_total)
+    swept = top <= SWEEPS_UP_TO
+    if not swept:  # sweeps are cheaper than the hard solver even where a few blocks need that besides
+        swept = count_hard(total, other_total) <= FEW
+    if swept:
+        e1, e2, e3, e4, f1, f2, f3, f4 = sweeps_of_pairs(
+            lam * v1, lam * v2, lam * v3, lam * v4, lam * x1, lam * x2, lam * x3, lam * x4, top, DTYPE == tl.bfloat16
+        )
+        result = signed_raw(shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE), raw, DTYPE)
+        other_result = signed_raw(shrunk(other, other_scale, rate, f1, f2, f3, f4, HAS_SCALE), other_raw, DTYPE)
+        if not (top <= SWEEPS_UP_TO):
+            pending, other_pending = (total <= SWEEPS_UP_TO) == 0, (other_total <= SWEEPS_UP_TO) == 0
+            result, count = _put_off(result, raw, z, scale, lam, rate, block, pending, pending_at, count, DTYPE, HAS_SCALE)
+            other_result, count = _put_off(
+                other_result, other_raw, other, other_scale, lam, rate, other_block, other_pending, pending_at, count, DTYPE, HAS_SCALE
+            )
+    else:
+        w, pending = two_kept(z, v1, v2, v3, v4, total, lam)
+        other_w, other_pending = two_kept(other, x1, x2, x3, x4, other_total, lam)
+        result, other_result = signed_raw(w, raw, DTYPE), signed_raw(other_w, other_raw, DTYPE)
+        result, count = _put_off(result, raw, z, scale, lam, rate, block, pending, pending_at, count, DTYPE, HAS_SCALE)
+        other_result, count = _put_off(
+            other_result, other_raw, other, other_scale, lam, rate, other_block, other_pending, pending_at, count, DTYPE, HAS_SCALE
+        )
+    return result, other_result, count
+
+
+@triton.jit
+def _solve_pending(
+    z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, pending_at, count,
+    HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The blocks of a program that are pending, a full warp at a time. Their weights come from the cache."""
+    n = tl.max(count, axis=0)
+    for start in range(0, n, count.shape[0]):
+        place = start + tl.arange(0, count.shape[0])
+        here = place < n
+        block = at(pending_at, tl.minimum(place, n - 1))
+        raw = load_blocks_at(z_ptr, first_block, block, place == place)
+        z = unpack_blocks(raw)
+        scale = z
+        if HAS_SCALE:
+            scale = load_scale(scale_ptr, first_block, block, row_blocks)
+        w = hard_magnitude(z, scale, lam, rate, HAS_SCALE)
+        store_raw_at(out_ptr, signed_raw(w, raw, out_ptr.dtype.element_ty), first_block, block, here)
 
 
 @triton.jit
 def _prox_24_kernel(
-    z_ptr, scale_ptr, out_ptr, lam, n_blocks, row_blocks,
-    HAS_SCALE: tl.constexpr, EVEN: tl.constexpr, PAIRED: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    z_ptr, scale_ptr, out_ptr, lam, rate, n_blocks, row_blocks,
+    HAS_SCALE: tl.constexpr, PAIRED: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """w = argmin 1/2 ||w - z||^2 + lam R(w) of each block.
+    """w = argmin 1/2 ||w - z||^2 + lam R(w) of each block; rate = 1 / lam.
 
-    A program (one warp) owns TILES consecutive tiles of TILE_BLOCKS blocks, a thread a block of each, or with PAIRED two; it loads
-    tiles ahead. Reads and writes each weight once: 4 bytes per bf16 weight, 8 per fp32 (plus the scale, which stays in the cache). Safe in
-    place: a thread writes only what it has read. EVEN: the last tile is whole.
+    A program (one warp) owns TILES consecutive tiles of TILE_BLOCKS blocks, a thread a block of each. Reads and writes each weight once: 4
+    bytes per bf16 weight, 8 per fp32 (plus the scale, which stays in the cache). Safe in place: a program writes only what it has read.
+
+    PAIRED, where n_blocks is a multiple of TILES * TILE_BLOCKS: two tiles at a time, loaded ahead; what one warp loads for one pair does not
+    cover the latency of memory. Hard blocks are left as they were, and read again, from the cache, when all tiles are through.
     """
     lam = tl.cast(lam, tl.float32)
-    rate = 1 / lam
-    tiles = tl.cdiv(n_blocks, 2 * TILE_BLOCKS if PAIRED else TILE_BLOCKS)
+    rate = tl.cast(rate, tl.float32)
     first = tl.program_id(0) * TILES
-    stop = tl.minimum(first + TILES, tiles)
-    # What one warp loads for one tile does not cover the latency of memory. Ahead of the end is the last tile, from the cache.
-    last = stop - 1
+    first_block = tl.cast(first, tl.int64) * TILE_BLOCKS
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     if PAIRED:
-        next1 = _load_pairs(z_ptr, first, TILE_BLOCKS)
-        next2 = _load_pairs(z_ptr, tl.minimum(first + 1, last), TILE_BLOCKS)
-        for tile in range(first, stop):
-            raw = next1
-            next1 = next2
-            next2 = _load_pairs(z_ptr, tl.minimum(tile + 2, last), TILE_BLOCKS)
-            _prox_pair(out_ptr, scale_ptr, raw, lam, rate, row_blocks, tile, HAS_SCALE, TILE_BLOCKS)
+        ADJACENT: tl.constexpr = DTYPE == tl.bfloat16
+        PAIRS: tl.constexpr = TILES // 2
+        pending_at = 0
+        if PTX:
+            tl.static_assert(TILES * TILE_BLOCKS <= CAPACITY and TILE_BLOCKS == 32)
+            pending_at = pending_list()
+        count = tl.zeros([TILE_BLOCKS], tl.int32)
+        block, other_block = _pair_places(first_block, 0, ADJACENT, TILE_BLOCKS)
+        raw, other_raw = _load_pair(z_ptr, first_block, block, other_block, ADJACENT)
+        next_raw, next_other = raw, other_raw
+        if PAIRS > 1:
+            block, other_block = _pair_places(first_block, 1, ADJACENT, TILE_BLOCKS)
+            next_raw, next_other = _load_pair(z_ptr, first_block, block, other_block, ADJACENT)
+        for index in tl.static_range(PAIRS):
+            if index + 2 < PAIRS:
+                block, other_block = _pair_places(first_block, index + 2, ADJACENT, TILE_BLOCKS)
+                last_raw, last_other = _load_pair(z_ptr, first_block, block, other_block, ADJACENT)
+            block, other_block = _pair_places(first_block, index, ADJACENT, TILE_BLOCKS)
+            raw, other_raw, count = _prox_pair(
+                raw, other_raw, scale_ptr, lam, rate, row_blocks, first_block, block, other_block, pending_at, count, DTYPE, HAS_SCALE
+            )
+            _store_pair(out_ptr, raw, other_raw, first_block, block, other_block, ADJACENT)
+            if index + 1 < PAIRS:
+                raw, other_raw = next_raw, next_other
+            if index + 2 < PAIRS:
+                next_raw, next_other = last_raw, last_other
+        if PTX:
+            _solve_pending(z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, pending_at, count, HAS_SCALE)
     else:
-        next1 = _load_tile(z_ptr, first, last, n_blocks, EVEN, TILE_BLOCKS)
-        next2 = _load_tile(z_ptr, first + 1, last, n_blocks, EVEN, TILE_BLOCKS)
-        next3 = _load_tile(z_ptr, first + 2, last, n_blocks, EVEN, TILE_BLOCKS)
-        for tile in range(first, stop):
-            raw = next1
-            next1 = next2
-            next2 = next3
-            next3 = _load_tile(z_ptr, tile + 3, last, n_blocks, EVEN, TILE_BLOCKS)
-            _prox_tile(out_ptr, scale_ptr, raw, lam, rate, row_blocks, tile, inside(tile, n_blocks, EVEN, TILE_BLOCKS), HAS_SCALE)
+        block = tl.arange(0, TILE_BLOCKS)
+        for tile in range(first, tl.minimum(first + TILES, tl.cdiv(n_blocks, TILE_BLOCKS))):
+            mask = inside(tile, n_blocks, False, TILE_BLOCKS)
+            raw = load_blocks_at(z_ptr, first_block, block, mask)
+            _prox_tile(out_ptr, scale_ptr, raw, lam, rate, row_blocks, first_block, block, mask, HAS_SCALE)
+            block += TILE_BLOCKS
 
 
 def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, launch: Launch) -> None:
@@ -103,17 +199,17 @@ def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, lau
     n_blocks = z.numel() // 4
     if n_blocks == 0:
         return
-    paired = z.dtype == torch.bfloat16 and n_blocks % (2 * launch.tile_blocks) == 0
+    paired = launch.tiles % 2 == 0 and n_blocks % (launch.tiles * launch.tile_blocks) == 0
     with torch.cuda.device_of(z):
-        _prox_24_kernel[(launch.programs(n_blocks // 2 if paired else n_blocks),)](
+        _prox_24_kernel[(launch.programs(n_blocks),)](
             z,
             z if column_scale is None else column_scale,
             out,
             lam,
+            1 / lam,
             n_blocks,
             z.shape[-1] // 4,
             HAS_SCALE=column_scale is not None,
-            EVEN=n_blocks % launch.tile_blocks == 0,
             PAIRED=paired,
             TILE_BLOCKS=launch.tile_blocks,
             TILES=launch.tiles,

@@ -232,7 +232,7 @@ def _step_tile(
     if HAS_PROX:
         scale = w
         if HAS_SCALE:
-            scale = load_scale(scale_ptr, tl.cast(tile, tl.int64) * TILE_BLOCKS, 1, row_blocks, TILE_BLOCKS)
+            scale = load_scale(scale_ptr, tl.cast(tile, tl.int64) * TILE_BLOCKS, tl.arange(0, TILE_BLOCKS), row_blocks)
         w = signed(prox_magnitude(w, scale, lambda1, rate, HAS_SCALE), w)
         first = column(w, 0)
         nan = (first != first)[:, None]  # all of a block or none

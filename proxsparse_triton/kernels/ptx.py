@@ -100,3 +100,89 @@ def signed(magnitude, sign):
         kept = tl.where(magnitude > 0, magnitude, 0.0)
         kept = tl.where(magnitude == magnitude, kept, magnitude).to(tl.int32, bitcast=True)
         return (kept | (sign.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True) + 0.0
+
+
+@triton.jit
+def half_pair(low, high):
+    """fp32 -> the nearest fp16, as a pair in 32 bits."""
+    if PTX:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        high = high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def half_values(pair):
+    """A pair of fp16 in 32 bits -> (lower, upper) in fp32."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b16 low, high;
+                mov.b32 {low, high}, $2;
+                cvt.f32.f16 $0, low;
+                cvt.f32.f16 $1, high;
+            }""",
+            "=f,=f,r", [pair], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        return low.to(tl.float32), (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _less_product(a, b, c):
+    """a - b c of pairs of fp16, rounded once."""
+    a, other_a = half_values(a)
+    b, other_b = half_values(b)
+    c, other_c = half_values(c)
+    return half_pair(a - b * c, other_a - other_b * other_c)
+
+
+@triton.jit
+def _positive(pair):
+    low, high = half_values(pair)
+    return half_pair(tl.maximum(low, 0.0), tl.maximum(high, 0.0))
+
+
+@triton.jit
+def _sum(a, b):
+    a, other_a = half_values(a)
+    b, other_b = half_values(b)
+    return half_pair(a + b, other_a + other_b)
+
+
+@triton.jit
+def half_sweep(u1, u2, u3, u4, w1, w2, w3, w4):
+    """`sweeps.sweep` of pairs of blocks in fp16: 10 instructions, since a product, its difference and the maximum with 0 are one."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b32 minus, sum, left, other;
+                neg.f16x2 minus, $8;
+                add.f16x2 sum, $8, $9;
+                fma.rn.f16x2 left, minus, $9, $6;
+                fma.rn.f16x2 other, minus, $9, $7;
+                neg.f16x2 sum, sum;
+                fma.rn.relu.f16x2 $3, $10, sum, other;
+                fma.rn.relu.f16x2 $2, $3, sum, left;
+                neg.f16x2 minus, $2;
+                add.f16x2 sum, $2, $3;
+                fma.rn.f16x2 left, minus, $3, $4;
+                fma.rn.f16x2 other, minus, $3, $5;
+                neg.f16x2 sum, sum;
+                fma.rn.relu.f16x2 $1, $8, sum, other;
+                fma.rn.relu.f16x2 $0, $1, sum, left;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [u1, u2, u3, u4, w1, w2, w3, w4], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        top = _sum(w1, w2)
+        w4 = _positive(_less_product(_less_product(u4, w1, w2), w3, top))
+        w3 = _positive(_less_product(_less_product(u3, w1, w2), w4, top))
+        low = _sum(w3, w4)
+        w2 = _positive(_less_product(_less_product(u2, w3, w4), w1, low))
+        w1 = _positive(_less_product(_less_product(u1, w3, w4), w2, low))
+        return w1, w2, w3, w4

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .block import column, join
 from .ptx import reciprocal
+from .sweeps import pair_products, sweep, sweeps
 
 SWEEPS_UP_TO = tl.constexpr(0.8)
 STEPS_FOUR_FROM_SCRATCH = tl.constexpr(6)  # the objective is then within 2e-7 of |u|^2 / 2 over 3e5 blocks that need it
@@ -69,51 +70,22 @@ def objective(w1, w2, w3, w4, a, b, c, d):
 
 
 @triton.jit
-def pair_products(w1, w2, w3, w4):
-    """e2(w without i) for i = 1, 2, 3, 4: what the regulariser pulls off each weight."""
-    top = w1 + w2
-    top_product = w1 * w2
-    low = w3 + w4
-    low_product = w3 * w4
-    return w2 * low + low_product, w1 * low + low_product, w4 * top + top_product, w3 * top + top_product
-
-
-@triton.jit
-def sweep(u1, u2, u3, u4, w1, w2, w3, w4):
-    """One round of exact coordinate minimisation, in any order of the weights."""
-    top = w1 + w2
-    left3 = u3 - w1 * w2
-    left4 = u4 - w1 * w2
-    w4 = tl.maximum(left4 - w3 * top, 0.0)
-    w3 = tl.maximum(left3 - w4 * top, 0.0)
-    low = w3 + w4
-    left1 = u1 - w3 * w4
-    left2 = u2 - w3 * w4
-    w2 = tl.maximum(left2 - w1 * low, 0.0)
-    w1 = tl.maximum(left1 - w2 * low, 0.0)
-    return w1, w2, w3, w4
-
-
-@triton.jit
-def sweeps(u1, u2, u3, u4, top):
-    """e2(w without i) after as many sweeps from u as a tile needs whose largest sum of u is `top`.
-
-    The objective is then within 2e-11 of |u|^2 / 2 up to a sum of 0.06, 6e-10 up to 0.22, 2.5e-8 beyond. The most frequent cases, one and
-    two, have no loop: a tile is so little work that a few branches show.
-    """
-    w1, w2, w3, w4 = sweep(u1, u2, u3, u4, u1, u2, u3, u4)
-    if top > 0.012:
-        w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
-        if top > 0.06:  # from 0.22 one more for every tenth; the convergence slows down at 0.72
-            for _ in range(1 + (10 * top - 1.2).to(tl.int32) + 2 * (top > 0.72).to(tl.int32)):
-                w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
-    return pair_products(w1, w2, w3, w4)
-
-
-@triton.jit
 def largest(x):
     """The maximum of numbers >= 0 [TILE_BLOCKS], which order like their bits. A NaN is above all; a floating maximum would lose it."""
     return tl.max(x.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def largest_of_two(x, y):
+    """The maximum of two tiles of such numbers."""
+    return largest(tl.maximum(x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def count_hard(total, other_total):
+    """How many blocks of two tiles are beyond the sweeps."""
+    hard = ((total <= SWEEPS_UP_TO) == 0).to(tl.int32) + ((other_total <= SWEEPS_UP_TO) == 0).to(tl.int32)
+    return tl.sum(hard, axis=0)
 
 
 @triton.jit
@@ -123,19 +95,20 @@ def some(condition):
 
 
 @triton.jit
-def more_than_two(a, b, c):
-    """Whether a third weight is kept, for u sorted descending: exact, by the sign of a cubic.
+def gain_of_a_third(a, b, c):
+    """Negative iff a third weight is kept, for u sorted descending: exact, by the sign of a cubic.
 
     c > a b: two kept are no local minimum. Else three kept beat two iff B(t) = (ab - c) - k t + c t^2 - t^3 / 2, k = (a^2 + b^2 - 1) / 2,
-    is negative at its local minimum t, and that point keeps w2 > 0 (a t < b). Four kept never beat two there.
+    is negative at its local minimum t, and that point keeps w2 > 0 (a t < b). Four kept never beat two there. There is no minimum with t > 0
+    for k <= 0; where there is none for want of real roots, t comes out above b / a.
     """
     excess = a * b - c
-    twice_k = a * a + b * b - 1
-    discriminant = 4 * c * c - 3 * twice_k
+    minus_2k = (1 - b * b) - a * a
+    discriminant = 4 * c * c + 3 * minus_2k
     root = discriminant * tl.rsqrt(tl.maximum(discriminant, 1e-30))
     t = (2 * c - root) * (1.0 / 3.0)
-    cubic = ((c - 0.5 * t) * t - 0.5 * twice_k) * t + excess
-    return (excess < 0) | ((twice_k > 0) & (discriminant > 0) & (cubic < 0) & (a * t < b))
+    cubic = ((c - 0.5 * t) * t + 0.5 * minus_2k) * t + excess
+    return tl.minimum(excess, tl.maximum(tl.maximum(cubic, a * t - b), minus_2k))
 
 
 @triton.jit
@@ -297,7 +270,7 @@ def decide(a, b, c, d):
 
     Three kept: u4 <= e2(w1, w2, w3) and w4 = 0. Else four, reached from there; where that is not certain both are compared.
     """
-    more = more_than_two(a, b, c)
+    more = gain_of_a_third(a, b, c) < 0
     e1, e2 = tl.zeros_like(a), tl.zeros_like(a)
     e3, e4 = e1 + INF, e1 + INF
     if some(more):
@@ -349,6 +322,30 @@ def settled(w, total):
 
 
 @triton.jit
+def two_kept(z, v1, v2, v3, v4, total, lam):
+    """The blocks of a hard tile that keep their two largest weights, unshrunk: |w|; and which do not, or need a closer look: ties between
+    the second and the third, and numbers that are not finite. v = c |z|, total the sum of lam v."""
+    above, below = tl.maximum(v1, v2), tl.minimum(v1, v2)
+    other_above, other_below = tl.maximum(v3, v4), tl.minimum(v3, v4)
+    first = tl.maximum(above, other_above)
+    middle = tl.minimum(above, other_above)
+    other_middle = tl.maximum(below, other_below)
+    second, third = tl.maximum(middle, other_middle), tl.minimum(middle, other_middle)
+    tie = (third > 0) & (third >= second)
+    pending = (gain_of_a_third(lam * first, lam * second, lam * third) < 0) | tie | ((total < INF) == 0)
+    kept = join(v1, v2, v3, v4) >= second[:, None]
+    return tl.where(kept, tl.abs(z), 0.0), pending
+
+
+@triton.jit
+def hard_magnitude(z, scale, lam, rate, HAS_SCALE: tl.constexpr):
+    """`prox_magnitude` by paths 2 and 3."""
+    v1, v2, v3, v4, total = strengths(z, scale, lam, HAS_SCALE)
+    e1, e2, e3, e4 = solve_hard(v1, v2, v3, v4, lam)
+    return settled(shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE), total)
+
+
+@triton.jit
 def prox_magnitude(z, scale, lam, rate, HAS_SCALE: tl.constexpr):
     """|w| of w = argmin 1/2 ||w - z||^2 + lam R(w) of each block of a tile [TILE_BLOCKS, 4], in the metric of `scale`; fp32.
 
@@ -360,32 +357,7 @@ def prox_magnitude(z, scale, lam, rate, HAS_SCALE: tl.constexpr):
         e1, e2, e3, e4 = sweeps(lam * v1, lam * v2, lam * v3, lam * v4, top)
         w = shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE)
     else:
-        e1, e2, e3, e4 = solve_hard(v1, v2, v3, v4, lam)
-        w = settled(shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE), total)
+        w, pending = two_kept(z, v1, v2, v3, v4, total, lam)
+        if some(pending):
+            w = tl.where(pending[:, None], hard_magnitude(z, scale, lam, rate, HAS_SCALE), w)
     return w
-
-
-@triton.jit
-def prox_magnitude_pair(z, other, scale, other_scale, lam, rate, HAS_SCALE: tl.constexpr):
-    """`prox_magnitude` of two tiles, whose sweeps overlap: that hides the latency of either. What is harder is solved one by one, so
-    that its registers and code are needed once."""
-    v1, v2, v3, v4, total = strengths(z, scale, lam, HAS_SCALE)
-    x1, x2, x3, x4, other_total = strengths(other, other_scale, lam, HAS_SCALE)
-    top = largest(tl.maximum(total.to(tl.int32, bitcast=True), other_total.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True))
-    if top <= SWEEPS_UP_TO:
-        e1, e2, e3, e4 = sweeps(lam * v1, lam * v2, lam * v3, lam * v4, top)
-        f1, f2, f3, f4 = sweeps(lam * x1, lam * x2, lam * x3, lam * x4, top)
-        w = shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE)
-        other_w = shrunk(other, other_scale, rate, f1, f2, f3, f4, HAS_SCALE)
-    else:
-        w = z
-        other_w = other
-        turns = 2 - (top < 0).to(tl.int32)  # two, but the compiler must not see it and unroll
-        for turn in range(turns):
-            first = turn == 0
-            turn_scale = scale
-            if HAS_SCALE:
-                turn_scale = tl.where(first, scale, other_scale)
-            solved = prox_magnitude(tl.where(first, w, other_w), turn_scale, lam, rate, HAS_SCALE)
-            w, other_w = tl.where(first, solved, w), tl.where(first, other_w, solved)
-    return w, other_w

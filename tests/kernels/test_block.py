@@ -16,7 +16,7 @@ from proxsparse_triton.kernels import prox  # noqa: E402
 from proxsparse_triton.kernels.block import column, join, ranks  # noqa: E402
 from proxsparse_triton.kernels.launch import Launch, interpreted  # noqa: E402
 from proxsparse_triton.kernels.ptx import round_to  # noqa: E402
-from proxsparse_triton.kernels.solver import SWEEPS_UP_TO, more_than_two, sort_descending, tie_broken, unsort  # noqa: E402
+from proxsparse_triton.kernels.solver import SWEEPS_UP_TO, gain_of_a_third, sort_descending, tie_broken, unsort  # noqa: E402
 from proxsparse_triton.reference import prox as reference_prox  # noqa: E402
 from proxsparse_triton.reference.block import four_kept_hard, objective, solve, three_kept  # noqa: E402
 
@@ -65,7 +65,7 @@ def key_kernel(x_ptr, key_ptr, sorted_ptr, position_ptr, N: tl.constexpr):
 def count_kernel(u_ptr, more_ptr, TILE: tl.constexpr):
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     u = tl.load(u_ptr + block[:, None] * 4 + tl.arange(0, 4)[None, :])
-    tl.store(more_ptr + block, more_than_two(column(u, 0), column(u, 1), column(u, 2)).to(tl.int32))
+    tl.store(more_ptr + block, (gain_of_a_third(column(u, 0), column(u, 1), column(u, 2)) < 0).to(tl.int32))
 
 
 # --- rounding and order ---------------------------------------------------------------------------------------------------------
@@ -142,11 +142,12 @@ def shuffled(u: Tensor, seed: int = 11) -> Tensor:
     return (u.gather(-1, order) * sign / LAM).float()[: len(u) // TILE * TILE]
 
 
-def run(z: Tensor, device: str, tile: int = TILE) -> Tensor:
-    """The kernel on blocks z [blocks, 4], tiles of `tile` of them."""
-    out = torch.full_like(z, float("nan"), device=device)
-    prox.prox_24(z.to(device), LAM, None, out, Launch(tile_blocks=tile, num_warps=1))
-    return out.cpu()
+def run(z: Tensor, device: str, paired: bool = False) -> Tensor:
+    """The kernel on tiles of blocks z [blocks, 4]; paired: two at a time, the first one twice if their number is odd."""
+    blocks = torch.cat([z, z[:TILE]])[: -(-len(z) // (2 * TILE)) * 2 * TILE] if paired else z
+    out = torch.full_like(blocks, float("nan"), device=device)
+    prox.prox_24(blocks.to(device), LAM, None, out, Launch(tile_blocks=TILE, num_warps=1, tiles=1 + paired))
+    return out[: len(z)].cpu()
 
 
 def tops(z: Tensor) -> Tensor:
@@ -200,33 +201,36 @@ def two_minima(n: int = 64 * N) -> Tensor:
     return u[three.valid & four.valid & (u[:, 3] < a * b + b * c + c * a)]
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
 @pytest.mark.parametrize(
     ("low", "high"),
     [(0.0, 0.012), (0.012, 0.06), (0.06, 0.22), (0.22, 0.32), (0.32, 0.42), (0.42, 0.52), (0.52, 0.62), (0.62, 0.72), (0.72, 0.8)],
 )
-def test_sweeps(device: str, low: float, high: float) -> None:
+def test_sweeps(device: str, low: float, high: float, paired: bool) -> None:
     """Each number of sweeps where it has the most to do: just below the sum from which there are more. To 2.5e-8, as `sweeps` says."""
     z = shuffled(easy_blocks(low, high))
     assert ((low < tops(z)) & (tops(z) <= high)).all()
     assert high <= SWEEPS_UP_TO.value
-    assert_optimal(run(z, device), z, 3e-8)
+    assert_optimal(run(z, device, paired), z, 3e-8)
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
 @pytest.mark.parametrize("family", general_blocks(4))
-def test_decisions(device: str, family: str) -> None:
+def test_decisions(device: str, family: str, paired: bool) -> None:
     z = shuffled(general_blocks()[family])
     assert (tops(z) > SWEEPS_UP_TO.value).all()
-    assert_optimal(run(z, device), z)
+    assert_optimal(run(z, device, paired), z)
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
 @pytest.mark.parametrize("top", [0.9, 1.3, 1.5, 1.7, 2.2, 3.0])
-def test_steps_of_newton(device: str, top: float) -> None:
+def test_steps_of_newton(device: str, top: float, paired: bool) -> None:
     """Each number of Newton steps where it has the most to do."""
     general = torch.cat(list(general_blocks(16 * N).values()))
     total = general.sum(-1)
     z = shuffled(torch.cat([easy_blocks(0.8, top), general[(total > 0.801) & (total < 0.999 * top)]]))
     assert ((tops(z) > SWEEPS_UP_TO.value) & (tops(z) <= top)).all()
-    assert_optimal(run(z, device), z)
+    assert_optimal(run(z, device, paired), z)
 
 
 # Found by climbing from the families above: Newton's method is slowest there for the steps that the sum of u allows.
@@ -239,20 +243,22 @@ SLOWEST = [
 ]
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
 @pytest.mark.parametrize("u", SLOWEST, ids=lambda u: f"{sum(u):.2f}")
-def test_the_slowest_blocks(device: str, u: list[float]) -> None:
+def test_the_slowest_blocks(device: str, u: list[float], paired: bool) -> None:
     """Alone in their tiles, so that no larger sum gives them more steps."""
     z = shuffled(torch.tensor([u], dtype=torch.float64).repeat(TILE, 1))
-    assert_optimal(run(z, device), z)
+    assert_optimal(run(z, device, paired), z)
 
 
-def test_comparisons(device: str) -> None:
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
+def test_comparisons(device: str, paired: bool) -> None:
     u = two_minima()
     kept = (solve(u) > 0).sum(-1)
     assert min((kept == 3).sum(), (kept == 4).sum()) > 500  # neither guess is always right
     u = u.repeat(-(-4 * TILE // len(u)), 1)
     z = shuffled(u[torch.randperm(len(u), generator=torch.Generator().manual_seed(0))])
-    assert_optimal(run(z, device), z)
+    assert_optimal(run(z, device, paired), z)
 
 
 def test_more_than_two_is_the_references_answer(device: str) -> None:
@@ -276,14 +282,15 @@ def test_more_than_two_is_the_references_answer(device: str) -> None:
     assert torch.equal(more.cpu().bool()[clear], answers[1][clear])
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
 @pytest.mark.parametrize("hard", [[0.3, 0.3, 0.3, 0.3], [3.0, 2.0, 1.0, 0.5], "two minima"], ids=["near", "far", "two minima"])
 @pytest.mark.parametrize("high", [0.012, 0.06, 0.22, 0.52, 0.8, 1.5], ids=str)
-def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: list[float] | str) -> None:
+def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: list[float] | str, paired: bool) -> None:
     """The same blocks in a tile of their like and beside one hard block."""
     z = shuffled(easy_blocks(0.0, high))
     mixed = z.clone()
     mixed[::TILE] = (two_minima(N)[0] if isinstance(hard, str) else torch.tensor(hard)).float() / LAM
-    alone, beside = run(z, device), run(mixed, device)
+    alone, beside = run(z, device, paired), run(mixed, device, paired)
     others = torch.arange(len(z)) % TILE != 0
     assert (tops(mixed) > SWEEPS_UP_TO.value).all()
     assert_same_solution(beside[others], alone[others], z[others], LAM)
@@ -292,13 +299,13 @@ def test_the_neighbours_path_does_not_matter(device: str, high: float, hard: lis
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("kind", ["easy", "hard", "one of each"])
 def test_pairs_of_bf16_blocks(device: str, kind: str, scaled: bool) -> None:
-    """A thread holds two neighbouring blocks: both swept, both hard, or one of them, and each gets its own answer."""
+    """A thread holds two neighbouring blocks: both swept, both hard, or one of each, and each gets its own answer."""
     easy, hard = easy_blocks(0.0, 0.7)[: 2 * TILE], torch.cat(list(general_blocks().values()))[: 2 * TILE]
     u = {"easy": easy, "hard": hard, "one of each": torch.where(torch.arange(2 * TILE)[:, None] % 2 == 0, easy, hard)}[kind]
     z = shuffled(u).bfloat16().view(2, -1)
     scale = 0.5 + rand(z.shape[1], seed=1).float() if scaled else None
     w = torch.full_like(z, float("nan"), device=device)
-    prox.prox_24(z.to(device), LAM, None if scale is None else scale.to(device), w, Launch(tile_blocks=TILE, num_warps=1))
+    prox.prox_24(z.to(device), LAM, None if scale is None else scale.to(device), w, Launch(tile_blocks=TILE, num_warps=1, tiles=2))
     column = torch.ones(z.shape[1]) if scale is None else scale
     blocks, solved = (column * z.float()).view(-1, 4), (column * w.cpu().float()).view(-1, 4)
     # Two roundings of one solution to bf16 lie 2^-8 apart at most, and the objective is flat at a minimum.
@@ -312,7 +319,7 @@ def test_a_nan_in_a_pair_stays_in_its_block(device: str, place: tuple[int, int])
     z = shuffled(easy_blocks(0.0, 0.7)[: 2 * TILE]).bfloat16().view(2, -1)
     z[place] = float("nan")
     w = torch.zeros_like(z, device=device)
-    prox.prox_24(z.to(device), LAM, None, w, Launch(tile_blocks=TILE, num_warps=1))
+    prox.prox_24(z.to(device), LAM, None, w, Launch(tile_blocks=TILE, num_warps=1, tiles=2))
     nan = torch.zeros(z.shape, dtype=torch.bool)
     nan[place[0], place[1] // 4 * 4 : place[1] // 4 * 4 + 4] = True
     assert torch.equal(w.cpu().isnan(), nan)
@@ -346,3 +353,39 @@ def test_programs_of_several_tiles(device: str, shape: tuple[int, int], scaled: 
     assert same_bits(result(z.float().nan_to_num(0), 1), solved)
     for tiles in (1, 3, 8):
         assert same_bits(result(z, tiles), solved.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("hard", [0, 1, 20, 40, 64], ids=lambda n: f"{n} hard")
+def test_paired_programs(device: str, hard: int, scaled: bool, dtype: torch.dtype) -> None:
+    """Three programs of eight tiles; of every 64 blocks none, few, many or all are left for later: their own answers, in place too."""
+    launch = Launch(tile_blocks=32, num_warps=1, tiles=8)
+    size = 3 * 8 * 32 * 4
+    u = torch.randn(size // 4, 4, generator=torch.Generator().manual_seed(0))
+    z = torch.where((torch.arange(size // 4) * 37 % 64 < hard)[:, None], 1.0, 0.1) * u
+    z = z.to(dtype).view(-1, 192).to(device)
+    scale = 0.5 + rand(192, seed=1).float() if scaled else None
+    scale_there = None if scale is None else scale.to(device)
+    canvas = torch.full((size + 4096,), float("nan"), dtype=dtype, device=device)
+    w = canvas[:size].view(z.shape)
+    prox.prox_24(z, 1.0, scale_there, w, launch)
+    assert canvas[size:].isnan().all()
+    values = z.float().cpu()
+    expected = reference_prox.prox_24(values, 1.0, column_scale=scale)
+    if dtype == torch.float32:
+        assert_same_solution(w, expected, values, 1.0, scale)
+    else:
+        assert (w.cpu() == expected.to(dtype)).float().mean() > 0.99
+    assert not w[w == 0].signbit().any()
+    in_place = z.clone()
+    prox.prox_24(in_place, 1.0, scale_there, in_place, launch)
+    assert same_bits(in_place, w)
+
+
+def test_ties_go_to_the_lowest_index_in_pairs_too(device: str) -> None:
+    z = torch.tensor([[2.0, 1.5, 1.5, 1.5], [1.5, 1.5, 1.5, 2.0], [-0.0, 0.0, 0.0, 3.0], [4.0, 4.0, 4.0, 4.0]]).repeat(64, 1)
+    w = torch.empty_like(z, device=device)
+    prox.prox_24(z.to(device), 1.0, None, w, Launch(tile_blocks=32, num_warps=1, tiles=8))
+    expected = torch.tensor([[2.0, 1.5, 0, 0], [1.5, 0, 0, 2.0], [0, 0, 0, 3.0], [4.0, 4.0, 0, 0]]).repeat(64, 1)
+    assert same_bits(w.cpu(), expected)
