@@ -174,7 +174,7 @@ def test_one_stem_per_operation() -> None:
     helpers = {
         "ops": {"dispatch", "partial"},
         "reference": {"block", "storage"},
-        "kernels": {"block", "launch", "partial", "ptx", "solver"},
+        "kernels": {"block", "launch", "partial", "pending", "ptx", "solver", "sweeps"},
     }
     stems = {folder: {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} - extra for folder, extra in helpers.items()}
     assert stems["kernels"] == stems["reference"] == stems["ops"]

@@ -55,10 +55,10 @@ def weights_at(ptr, first, block):
 
 
 @triton.jit
-def words_at(ptr, first, block):
-    """Pointers [TILE_BLOCKS, 2] to the 32-bit words of the bf16 blocks first + block."""
+def words_at(ptr, first, block, N: tl.constexpr):
+    """Pointers [TILE_BLOCKS, N] to 32-bit words from the bf16 blocks first + block on: 2 are the block, 4 the next one too."""
     pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.cast(first, tl.int64) * 2
-    return pairs + block[:, None] * 2 + tl.arange(0, 2)[None, :]
+    return pairs + block[:, None] * 2 + tl.arange(0, N)[None, :]
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def load_blocks_at(ptr, first, block, mask):
     """Raw blocks where `mask`, zeros elsewhere: [TILE_BLOCKS, 4], or the words of bf16 blocks, [TILE_BLOCKS, 2] pairs in 32 bits, which
     take fewer instructions and registers."""
     if ptr.dtype.element_ty == tl.bfloat16:
-        return tl.load(words_at(ptr, first, block), mask=mask[:, None], other=0)
+        return tl.load(words_at(ptr, first, block, 2), mask=mask[:, None], other=0)
     else:
         return tl.load(weights_at(ptr, first, block), mask=mask[:, None], other=0)
 
@@ -150,6 +150,6 @@ def signed_raw(magnitude, raw, dtype: tl.constexpr):
 def store_raw_at(ptr, raw, first, block, mask):
     """Stores blocks in the form of `load_blocks_at`."""
     if ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(words_at(ptr, first, block), raw, mask=mask[:, None])
+        tl.store(words_at(ptr, first, block, 2), raw, mask=mask[:, None])
     else:
         tl.store(weights_at(ptr, first, block), raw, mask=mask[:, None])

@@ -95,12 +95,24 @@ def some(condition):
 
 
 @triton.jit
+def most(x, y):
+    """The maximum, NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def least(x, y):
+    """The minimum, NaN if either is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def gain_of_a_third(a, b, c):
     """Negative iff a third weight is kept, for u sorted descending: exact, by the sign of a cubic.
 
     c > a b: two kept are no local minimum. Else three kept beat two iff B(t) = (ab - c) - k t + c t^2 - t^3 / 2, k = (a^2 + b^2 - 1) / 2,
-    is negative at its local minimum t, and that point keeps w2 > 0 (a t < b). Four kept never beat two there. There is no minimum with t > 0
-    for k <= 0; where there is none for want of real roots, t comes out above b / a.
+    is negative at its local minimum t, and that point keeps w2 > 0 (a t < b). Four kept never beat two there. For k <= 0 there is no
+    minimum with t > 0; without real roots t comes out above b / a. Infinities may give NaN: then two are kept.
     """
     excess = a * b - c
     minus_2k = (1 - b * b) - a * a
@@ -108,7 +120,7 @@ def gain_of_a_third(a, b, c):
     root = discriminant * tl.rsqrt(tl.maximum(discriminant, 1e-30))
     t = (2 * c - root) * (1.0 / 3.0)
     cubic = ((c - 0.5 * t) * t + 0.5 * minus_2k) * t + excess
-    return tl.minimum(excess, tl.maximum(tl.maximum(cubic, a * t - b), minus_2k))
+    return least(excess, most(most(cubic, a * t - b), minus_2k))
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """Coordinate descent on blocks whose sum of u = lam |z| is at most 0.8: one minimum, no sorting.
 
-Sweeps on pairs of blocks start in fp16, two blocks to a register: a third of the instructions. Two sweeps in fp32 follow, which leave of the
-rounding to fp16 what fewer sweeps in fp32 alone would leave of the start.
+In pairs of tiles the first sweeps are in fp16, two blocks to a register: a third of the instructions. The last ones in fp32 take the
+rounding to fp16 away again.
 """
 
 import triton
 import triton.language as tl
 
-from .ptx import half_pair, half_sweep, half_values
+from .ptx import PTX, half_pair, half_values
 
 ONE_UP_TO = tl.constexpr(0.012)
 TWO_UP_TO = tl.constexpr(0.06)
@@ -41,8 +41,8 @@ def sweep(u1, u2, u3, u4, w1, w2, w3, w4):
 
 @triton.jit
 def more_sweeps(top):
-    """Sweeps beyond two for a tile whose largest sum of u is `top` > TWO_UP_TO: from 0.22 one more for every tenth; the convergence slows down
-    at 0.72."""
+    """Sweeps beyond two for a tile whose largest sum of u is `top` > TWO_UP_TO: from 0.22 one more for every tenth; the convergence slows
+    down at 0.72."""
     return 1 + (10 * top - 1.2).to(tl.int32) + 2 * (top > 0.72).to(tl.int32)
 
 
@@ -60,6 +60,45 @@ def sweeps(u1, u2, u3, u4, top):
             for _ in range(more_sweeps(top)):
                 w1, w2, w3, w4 = sweep(u1, u2, u3, u4, w1, w2, w3, w4)
     return pair_products(w1, w2, w3, w4)
+
+
+@triton.jit
+def half_sweep(u1, u2, u3, u4, w1, w2, w3, w4):
+    """`sweep` of pairs of blocks in fp16: ten instructions, since a product, its difference and the maximum with 0 are one."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b32 minus, sum, left, other;
+                neg.f16x2 minus, $8;
+                add.f16x2 sum, $8, $9;
+                fma.rn.f16x2 left, minus, $9, $6;
+                fma.rn.f16x2 other, minus, $9, $7;
+                neg.f16x2 sum, sum;
+                fma.rn.relu.f16x2 $3, $10, sum, other;
+                fma.rn.relu.f16x2 $2, $3, sum, left;
+                neg.f16x2 minus, $2;
+                add.f16x2 sum, $2, $3;
+                fma.rn.f16x2 left, minus, $3, $4;
+                fma.rn.f16x2 other, minus, $3, $5;
+                neg.f16x2 sum, sum;
+                fma.rn.relu.f16x2 $1, $8, sum, other;
+                fma.rn.relu.f16x2 $0, $1, sum, left;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [u1, u2, u3, u4, w1, w2, w3, w4], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:  # rounded once a sweep rather than once an instruction
+        a1, b1 = half_values(u1)
+        a2, b2 = half_values(u2)
+        a3, b3 = half_values(u3)
+        a4, b4 = half_values(u4)
+        x1, y1 = half_values(w1)
+        x2, y2 = half_values(w2)
+        x3, y3 = half_values(w3)
+        x4, y4 = half_values(w4)
+        x1, x2, x3, x4 = sweep(a1, a2, a3, a4, x1, x2, x3, x4)
+        y1, y2, y3, y4 = sweep(b1, b2, b3, b4, y1, y2, y3, y4)
+        return half_pair(x1, y1), half_pair(x2, y2), half_pair(x3, y3), half_pair(x4, y4)
 
 
 @triton.jit
@@ -87,8 +126,8 @@ def half_sweeps(h1, h2, h3, h4, top):
 def sweeps_of_pairs(u1, u2, u3, u4, x1, x2, x3, x4, top, TO_BF16: tl.constexpr):
     """`sweeps` of two tiles, u and x, that start in fp16; at least as accurate with two sweeps in fp32 at the end.
 
-    TO_BF16: one sweep less up to TWO_UP_TO and from 0.42 on. e2 is then within 2e-5 |u| in the mean, 2e-4 |u| at most, where bf16 rounds by up
-    to 2e-3 |u|; 1e-7 of |u|^2 / 2 are left in the objective.
+    TO_BF16: one sweep less up to TWO_UP_TO and from 0.42 on. e2 is then within 2e-5 |u| in the mean, 2e-4 |u| at most, where bf16 rounds by
+    up to 2e-3 |u|; 1e-7 of |u|^2 / 2 are left in the objective.
     """
     w1, w2, w3, w4 = u1, u2, u3, u4
     y1, y2, y3, y4 = x1, x2, x3, x4

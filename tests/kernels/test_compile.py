@@ -19,25 +19,27 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 # A process of its own: under TRITON_INTERPRET=1 the kernels are numpy and cannot be compiled.
 SCRIPT = textwrap.dedent(
     """
-    import collections, itertools, json, pathlib, re, subprocess, sys, tempfile
+    import collections, json, pathlib, re, subprocess, sys, tempfile
 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from proxsparse_triton.kernels import frozen_penalty, launch, mask, partial, prox, prox_adamw, ptx
+    from proxsparse_triton.kernels import frozen_penalty, launch, mask, partial, prox, prox_adamw, ptx, sweeps
 
     for_amd = sys.argv[2] == "hip"
     if for_amd:
-        ptx.PTX = triton.language.constexpr(False)
+        for module in (ptx, prox, sweeps):
+            module.PTX = triton.language.constexpr(False)
 
     cases = []  # name, kernel, types, constants, warps, sizes that are multiples of 16
     for dtype in ("fp32", "bf16", "fp16"):
-        for scaled, paired in itertools.product((False, True), (False, True)):
+        for scaled, whole in ((False, False), (False, True), (True, False), (True, True)):
             types = {"z_ptr": "*" + dtype, "scale_ptr": "*fp32" if scaled else "*" + dtype, "out_ptr": "*" + dtype,
-                     "lam": "fp32", "rate": "fp32", "n_blocks": "i32", "row_blocks": "i32"}
-            constants = {"HAS_SCALE": scaled, "PAIRED": paired, "TILE_BLOCKS": launch.PROX.tile_blocks, "TILES": launch.PROX.tiles}
-            cases.append((f"prox {dtype}" + " scaled" * scaled + " paired" * paired, prox._prox_24_kernel, types, constants, launch.PROX.num_warps, ()))
+                     "lam": "fp32", "rate": "fp32", "n_blocks": "i32", "row_blocks": "i32", "first_tile": "i32"}
+            constants = {"HAS_SCALE": scaled, "WHOLE": whole, "TILE_BLOCKS": launch.PROX.tile_blocks, "TILES": launch.PROX.tiles}
+            name = f"prox {dtype}" + " scaled" * scaled + " whole" * whole
+            cases.append((name, prox._prox_24_kernel, types, constants, launch.PROX.num_warps, ()))
         types = {"score_ptr": "*" + dtype, "mask_ptr": "*i1", "n_blocks": "i32"}
         constants = {"TILE_BLOCKS": launch.BLOCKWISE.tile_blocks}
         cases.append((f"mask {dtype}", mask._mask_24_kernel, types, constants, launch.BLOCKWISE.num_warps, ()))
@@ -85,8 +87,8 @@ SCRIPT = textwrap.dedent(
     report = []
     for cc in () if for_amd else (80, 90, 100):
         for name, kernel, types, constants, kernel_warps, divisible in cases:
-            if name.startswith("prox_adamw") and "full" not in name and cc != 90:
-                continue  # nothing but less to hold, and a second and a half each
+            if cc != 90 and (name.startswith("prox_adamw") and "full" not in name or name.startswith("prox fp16")):
+                continue  # nothing but less to hold, and seconds each
             result = compiled(kernel, types, constants, kernel_warps, divisible, GPUTarget("cuda", cc, 32))
             with tempfile.TemporaryDirectory() as folder:
                 cubin = pathlib.Path(folder) / "kernel.cubin"
@@ -134,7 +136,7 @@ def report() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
-    assert len(report) == 3 * (12 + 3 + 7 + 12 + 8 + 2) + 7
+    assert len(report) == 3 * (8 + 3 + 7 + 12 + 8 + 2) + 4 + 7
 
 
 @pytest.mark.slow
@@ -163,15 +165,14 @@ def test_no_barrier(report: list[dict[str, Any]]) -> None:
 def test_accesses_are_as_wide_as_a_block(report: list[dict[str, Any]]) -> None:
     """16 bytes for four fp32 weights, 8 for four in 16 bits, 4 for the four bytes of a mask."""
     for kernel in report:
-        operation, dtype, *_ = kernel["name"].split()
+        operation, dtype, *operands = kernel["name"].split()
         block = "v4.b32" if dtype == "fp32" else "v2.b32"
         if operation == "prox":
-            # A pair of bf16 blocks is one access; pending ones are read and written one by one. A column scale is 16 bytes a block.
-            wide = {"ld.global.v4.b32", "st.global.v4.b32"} if "bf16 paired" in kernel["name"] else set()
-            allowed = {f"ld.global.{block}", f"st.global.{block}"} | wide
-            if "scaled" in kernel["name"]:
-                allowed |= {"ld.global.v4.b32"} | ({"st.global.v4.b32"} if "bf16 scaled paired" in kernel["name"] else set())
-            assert set(kernel["accesses"]) <= allowed and wide <= set(kernel["accesses"]), kernel
+            # A pair of bf16 blocks is one access; pending blocks are read and written one by one. A column scale is 16 bytes a block.
+            wide = {"ld.global.v4.b32"} if "scaled" in operands else set()
+            if dtype == "bf16" and "whole" in operands:
+                wide = {"ld.global.v4.b32", "st.global.v4.b32"}
+            assert set(kernel["accesses"]) == {f"ld.global.{block}", f"st.global.{block}"} | wide, kernel
         elif operation == "mask":
             assert set(kernel["accesses"]) == {f"ld.global.{block}", "st.global.b32"}, kernel
         elif operation == "prox_adamw":
