@@ -1,6 +1,7 @@
 """Device functions on blocks held in registers: columns of a tile, order, whole-block loads and stores.
 
-A tile of blocks is a [TILE_BLOCKS, 4] tensor whose rows lie in one thread each, so that `column` and `join` are register renaming.
+A tile of blocks is a [TILE_BLOCKS, 4] tensor whose rows, of tensors aligned to 16 bytes, lie in one thread each, so that `column` and
+`join` are register renaming.
 """
 
 import triton

@@ -25,10 +25,11 @@ class Launch:
 
 # One block per thread keeps a block's four weights in one thread's registers (16-byte loads for fp32, 8 for bf16).
 BLOCKWISE = Launch(tile_blocks=256, num_warps=4)
-# One warp a program: its branches on the hardness of a tile are then uniform and need no barrier. Several tiles a program: starting
-# one-tile programs alone takes 2.4 times the copy (bf16, 4096 x 11008, H200). A multiprocessor holds 32 programs; what limits the easy
-# tiles is how many bytes so few warps keep in flight, hence 16 bytes a thread and loads two or three tiles ahead. Programs that stay and
-# take every n-th tile were no faster in bf16, and in fp32 slower (89 against 94 %, both with 8 bytes a bf16 thread).
+# One warp a program: its branches on the hardness of a tile are then uniform and need no barrier. A multiprocessor holds 32 programs; what
+# limits easy tiles is how many bytes so few warps keep in flight, and how many instructions they need: hence pairs of tiles, loaded two
+# pairs ahead and unrolled. Eight tiles: starting four-tile programs alone takes 20 % longer, and 16 no longer fit the instruction cache
+# well (bf16, 4096 x 11008, H200: 78, 92 and 90 % of the copy bandwidth at lambda1 x rms 0.005; a loop over two pairs: 92, but 86 instead
+# of 90 % at 0.05, and over one 86).
 PROX = Launch(tile_blocks=32, num_warps=1, tiles=8)
 # 8-bit moments: a tile is one group of weights that share a scale. Five streams are in flight without loading ahead, and registers decide
 # how many programs fit: 28 with 72 registers each.

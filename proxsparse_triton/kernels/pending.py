@@ -1,20 +1,21 @@
 """A program's list of blocks that wait for the hard solver, in shared memory.
 
 Where some blocks of a tile are hard, a warp that solves them at once idles in all other lanes. So each tile only notes which they are, and
-they are solved afterwards, a full warp at a time. Programs of one warp with one block a thread; PTX only.
+they are solved afterwards, a full warp at a time. Programs of one warp with one block a lane, which the layout of 16-byte accesses
+gives; PTX only. The compiler must keep each `push` once: tests/kernels/test_compile.py counts them.
 """
 
 import triton
 import triton.language as tl
 
-CAPACITY = tl.constexpr(512)  # as in `pending_list`
+CAPACITY = tl.constexpr(256)  # as in `pending_list`
 
 
 @triton.jit
 def pending_list():
     """Address of the list, an empty one; call once."""
     return tl.inline_asm_elementwise(
-        "{ .shared .align 4 .b32 pending[512]; mov.u32 $0, pending; }", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        "{ .shared .align 4 .b32 pending[256]; mov.u32 $0, pending; }", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
 
 

@@ -95,15 +95,18 @@ def _prox_pair(
     x1, x2, x3, x4, other_total = strengths(other, other_scale, lam, HAS_SCALE)
     top = largest_of_two(total, other_total)
     swept = top <= SWEEPS_UP_TO
-    if not swept:  # sweeps are cheaper than the hard solver even where a few blocks need that besides
+    beyond = not swept
+    if beyond:  # sweeps are cheaper than the hard solver even where a few blocks need that besides
         swept = count_hard(total, other_total) <= FEW
     if swept:
+        # A NaN, too, sweeps its neighbours as often as any of them may need.
+        top = tl.where(top <= SWEEPS_UP_TO, top, SWEEPS_UP_TO)
         e1, e2, e3, e4, f1, f2, f3, f4 = sweeps_of_pairs(
             lam * v1, lam * v2, lam * v3, lam * v4, lam * x1, lam * x2, lam * x3, lam * x4, top, ADJACENT
         )
         result = signed_raw(shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE), raw, DTYPE)
         other_result = signed_raw(shrunk(other, other_scale, rate, f1, f2, f3, f4, HAS_SCALE), other_raw, DTYPE)
-        if not (top <= SWEEPS_UP_TO):
+        if beyond:
             pending, other_pending = (total <= SWEEPS_UP_TO) == 0, (other_total <= SWEEPS_UP_TO) == 0
             result, count = _put_off(result, raw, z, scale, lam, rate, block, pending, pending_at, count, DTYPE, HAS_SCALE)
             other_result, count = _put_off(
@@ -200,7 +203,9 @@ def prox_24(z: Tensor, lam: float, column_scale: Tensor | None, out: Tensor, lau
     """Writes the prox of contiguous z into contiguous `out` (may be z itself); column_scale fp32 [in_features] or None."""
     n_blocks = z.numel() // 4
     # Two kernels rather than one with a branch: that takes 5 % longer (H200), for the sake of what a tensor of a model seldom has.
-    whole = 0 if launch.tiles % 2 else n_blocks // (launch.tiles * launch.tile_blocks)
+    # The list of pending blocks wants one block a lane, which the compiler arranges for 16-byte accesses only.
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (z, out))
+    whole = n_blocks // (launch.tiles * launch.tile_blocks) if aligned and launch.tiles % 2 == 0 else 0
     rest = launch.programs(n_blocks) - whole
     with torch.cuda.device_of(z):
         for programs, first_tile in ((whole, 0), (rest, whole * launch.tiles)):

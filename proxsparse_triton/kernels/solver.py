@@ -1,10 +1,11 @@
 """The exact 2:4 proximal operator of blocks held in registers.
 
-A program is one warp: its branches are then uniform, and a tile takes the cheapest path that all of its blocks allow:
+A program is one warp: its branches are then uniform, and a tile takes the cheapest path that its blocks allow:
 
-1. sweeps: every block has u1 + u2 + u3 + u4 <= SWEEPS_UP_TO, u = lam |z|, where the problem has one minimum and coordinate
-   descent reaches it in 1 to 11 sweeps. No sorting. All published settings of lambda1 stay here.
-2. decisions: sorted blocks; whether two, three or four weights are kept is decided by closed-form tests, not by comparing objectives.
+1. sweeps (sweeps.py): blocks with u1 + u2 + u3 + u4 <= SWEEPS_UP_TO, u = lam |z|, where the problem has one minimum and coordinate descent
+   reaches it in 1 to 11 sweeps. No sorting. All published settings of lambda1 stay here.
+2. decisions: whether two, three or four weights are kept is decided by closed-form tests, not by comparing objectives. Two kept need the
+   largest three weights only; the rest, sorted blocks.
 3. comparisons: as 2, plus the candidate with four kept weights found from scratch, where four nearly equal weights leave two minima.
 
 The proofs are in docs/math.md ("The kernel's solver"); reference/block.py solves the same problem by enumerating candidates.
@@ -124,22 +125,20 @@ def gain_of_a_third(a, b, c):
 
 
 @triton.jit
-def halley_step(c, half_sum, half_gap, t):
-    """Towards the zero of g = t - c + x^2 - y^2, x = half_sum / (1 + t), y = half_gap / (1 - t)."""
+def halley_step(a, b, c, limit, t):
+    """Towards the zero of g = t - c + w1 w2, w1 = (a - b t) / (1 - t^2), w2 = (b - a t) / (1 - t^2), in [0, limit]."""
     r = reciprocal(1 - t * t)
     p = r - t * r
     q = r + t * r
-    x = half_sum * p
-    y = half_gap * q
-    xx = x * x
-    yy = y * y
-    xxp = xx * p
-    yyq = yy * q
-    value = (t - c) + (xx - yy)
+    x = 0.5 * (a + b) * p
+    y = 0.5 * (a - b) * q
+    xxp = x * x * p
+    yyq = y * y * q
+    value = (t - c) + (a - b * t) * r * ((b - a * t) * r)  # x^2 - y^2 would cancel where w2 is small
     slope = tl.maximum(1 - 2 * (xxp + yyq), 1e-6)
     square = slope * slope
     denominator = tl.maximum(square - 3 * value * (xxp * p - yyq * q), 0.25 * square)
-    return tl.minimum(tl.maximum(t - value * slope * reciprocal(denominator), 0.0), 0.9)
+    return tl.minimum(tl.maximum(t - value * slope * reciprocal(denominator), 0.0), limit)
 
 
 @triton.jit
@@ -159,14 +158,11 @@ def three_kept(a, b, c):
     parabola = tl.where(slope > 0, shallow, steep) * tl.where(excess > 0, 1.1, 2.5)
     inflection = b * reciprocal(a + tl.sqrt(tl.maximum(a * a - b * b, 0.0)) + 1e-20)
     t = tl.minimum(tl.minimum(parabola, inflection), tl.minimum(c, 0.75))
-    half_sum = 0.5 * (a + b)
-    half_gap = 0.5 * (a - b)
-    t = halley_step(c, half_sum, half_gap, t)
-    t = halley_step(c, half_sum, half_gap, t)
+    limit = tl.minimum(b * reciprocal(a + 1e-20), 0.9)  # beyond b / a the second weight would be negative
+    t = halley_step(a, b, c, limit, t)
+    t = halley_step(a, b, c, limit, t)
     r = reciprocal(1 - t * t)
-    x = half_sum * (r - t * r)
-    y = half_gap * (r + t * r)
-    return x + y, x - y, t
+    return (a - b * t) * r, tl.maximum(b - a * t, 0.0) * r, t
 
 
 @triton.jit
@@ -322,9 +318,10 @@ def strengths(z, scale, lam, HAS_SCALE: tl.constexpr):
 def shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE: tl.constexpr):
     """|z| - e / (lam c), `rate` = 1 / lam: a difference rather than the minimiser itself, so that a kept weight that does not shrink stays
     the same bit for bit."""
+    pull = rate * join(e1, e2, e3, e4)
     if HAS_SCALE:
-        rate = rate / scale
-    return tl.abs(z) - rate * join(e1, e2, e3, e4)
+        pull = pull / scale
+    return tl.abs(z) - pull
 
 
 @triton.jit
@@ -343,7 +340,7 @@ def two_kept(z, v1, v2, v3, v4, total, lam):
     middle = tl.minimum(above, other_above)
     other_middle = tl.maximum(below, other_below)
     second, third = tl.maximum(middle, other_middle), tl.minimum(middle, other_middle)
-    tie = (third > 0) & (third >= second)
+    tie = (first > 0) & (third >= second)  # or no second at all
     pending = (gain_of_a_third(lam * first, lam * second, lam * third) < 0) | tie | ((total < INF) == 0)
     kept = join(v1, v2, v3, v4) >= second[:, None]
     return tl.where(kept, tl.abs(z), 0.0), pending

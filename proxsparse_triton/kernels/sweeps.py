@@ -126,7 +126,7 @@ def half_sweeps(h1, h2, h3, h4, top):
 def sweeps_of_pairs(u1, u2, u3, u4, x1, x2, x3, x4, top, TO_BF16: tl.constexpr):
     """`sweeps` of two tiles, u and x, that start in fp16; at least as accurate with two sweeps in fp32 at the end.
 
-    TO_BF16: one sweep less up to TWO_UP_TO and from 0.42 on. e2 is then within 2e-5 |u| in the mean, 2e-4 |u| at most, where bf16 rounds by
+    TO_BF16: one sweep less up to TWO_UP_TO and from 0.42 on. e2 is then within 3e-5 |u| in the mean, 2e-4 |u| at most, where bf16 rounds by
     up to 2e-3 |u|; 1e-7 of |u|^2 / 2 are left in the objective.
     """
     w1, w2, w3, w4 = u1, u2, u3, u4

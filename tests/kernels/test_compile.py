@@ -99,11 +99,13 @@ SCRIPT = textwrap.dedent(
                 "name": f"{name} sm_{cc}",
                 "usage": {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)},
                 "barriers": ptx.count("bar.sync") + ptx.count("barrier.sync"),
+                "pushes": ptx.count("vote.sync"),
+                "lists": ptx.count(".shared .align"),
                 "accesses": collections.Counter(re.findall(r"\\b(?:ld|st)\\.global[\\w.:]*", ptx)),
             })
     hip = None
     if for_amd and "amd" in triton.backends.backends:
-        name, kernel, types, constants, kernel_warps, divisible = next(case for case in cases if case[0] == "prox bf16 scaled")
+        name, kernel, types, constants, kernel_warps, divisible = next(case for case in cases if case[0] == "prox bf16 scaled whole")
         assembly = compiled(kernel, types, constants, kernel_warps, divisible, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
         hip = {
             "spills": [int(count) for count in re.findall(r"[sv]gpr_spill_count:\\s*(\\d+)", assembly)],
@@ -155,10 +157,21 @@ def test_half_of_the_threads_or_more_fit(report: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_no_barrier(report: list[dict[str, Any]]) -> None:
-    """One thread owns a block and one warp a tile: nothing is exchanged through memory. Sums over four warps need that once."""
+    """One thread owns a block and one warp a program, which needs no barrier for its list of blocks. Sums over four warps need one."""
     for kernel in report:
         limit = 2 if kernel["name"].startswith(("frozen_penalty", "gradient_square")) else 4 if kernel["name"].startswith("partial") else 0
         assert kernel["barriers"] <= limit, kernel
+
+
+@pytest.mark.slow
+def test_every_push_onto_the_list_is_there_once(report: list[dict[str, Any]]) -> None:
+    """A pair of tiles has two pushes, where it is swept and where it is not. More would mean that a lane holds several blocks, or that the
+    compiler duplicates what a whole warp has to reach together."""
+    from proxsparse_triton.kernels.launch import PROX
+
+    for kernel in report:
+        expected = (2 * PROX.tiles, 1) if kernel["name"].startswith("prox ") and "whole" in kernel["name"] else (0, 0)
+        assert (kernel["pushes"], kernel["lists"]) == expected, kernel
 
 
 @pytest.mark.slow

@@ -151,6 +151,40 @@ def test_fp64_stays_fp64(device: str) -> None:
 # --- edges ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 3, 4], ids=lambda n: f"offset {n}")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_that_are_not_aligned(device: str, backend: str, offset: int, dtype: torch.dtype) -> None:
+    """In place in a flat buffer of parameters, hard blocks among easy ones."""
+    easy = torch.arange(2048) % 3 > 0
+    flat = torch.zeros(2048 * 4 + 8, dtype=dtype, device=device)
+    values = (torch.where(easy[:, None], 0.1, 1.0) * weights((2048, 4))).to(dtype)
+    flat[offset : offset + values.numel()] = values.flatten().to(device)
+    view = flat[offset : offset + values.numel()].view(-1, 64)
+    prox_24(view, 1.0, out=view, backend=backend)
+    assert not flat[:offset].any()
+    assert not flat[offset + values.numel() :].any()
+    expected = prox_24(values.float(), 1.0, backend="reference")
+    if dtype == torch.float32:
+        assert_same_solution(view.view(-1, 4), expected, values, 1.0)
+    else:
+        eps = torch.finfo(dtype).eps
+        assert ((view.view(-1, 4).cpu().float() - expected).abs() <= 2 * eps * values.float().abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("lam", [1e-25, 1e-19, 1e-3, 1.0, 1e20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_columns(device: str, backend: str, lam: float) -> None:
+    """A column whose scale is 0 is as good as dropped; nothing overflows, and no block keeps four weights for it at great strength."""
+    z = torch.tensor([[5.0, 1e-27, 2e-27, 3e-27], [1.0, 2.0, 3.0, 4.0]], device=device)
+    scale = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)
+    w = prox_24(z, lam, column_scale=scale, backend=backend).cpu()
+    assert w.isfinite().all()
+    assert torch.equal(w[:, 0], z[:, 0].cpu())
+    if lam >= 1:
+        assert ((w != 0).sum(-1) <= 2).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lam", [1e-3, 1.0, 1e30])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
