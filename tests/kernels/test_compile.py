@@ -100,7 +100,7 @@ SCRIPT = textwrap.dedent(
                 "usage": {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)},
                 "barriers": ptx.count("bar.sync") + ptx.count("barrier.sync"),
                 "pushes": ptx.count("vote.sync"),
-                "lists": ptx.count(".shared .align"),
+                "lists": ptx.count(" pending["),
                 "accesses": collections.Counter(re.findall(r"\\b(?:ld|st)\\.global[\\w.:]*", ptx)),
             })
     hip = None
