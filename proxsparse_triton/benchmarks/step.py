@@ -255,7 +255,7 @@ def _adamw(parameters: Sequence[Parameter], settings: StepSettings) -> Callable[
 
 
 def _row(name: str, facts: Row, moved: float, weights: int, timings: Mapping[str, Timing], roof: Roof) -> Row:
-    to_adamw = timings[name].median / timings[ADAMW].median if ADAMW in timings and name != NORM else None
+    to_adamw = timings[name].us / timings[ADAMW].us if ADAMW in timings and name != NORM else None
     return {
         "bench": "step",
         "what": name,

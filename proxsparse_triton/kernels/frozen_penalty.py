@@ -59,8 +59,8 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: T
     programs = triton.cdiv(n, tile)
     if programs == 0:
         return torch.zeros((), dtype=torch.float32, device=w.device)
-    # Partial sums instead of atomics: the same value on every run.
-    partial = torch.empty(programs, dtype=torch.float32, device=w.device)
+    # Partial sums instead of atomics: the same value on every run. In fp64, in which they are added up: torch would make a copy for that.
+    partial = torch.empty(programs, dtype=torch.float64, device=w.device)
     with torch.cuda.device_of(w):
         _frozen_penalty_kernel[(programs,)](
             w,
@@ -74,7 +74,7 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: T
             HAS_GRAD=grad is not None,
             TILE=tile,
         )
-    return partial.sum(dtype=torch.float64).to(torch.float32)
+    return partial.sum().to(torch.float32)
 
 
 @triton.jit

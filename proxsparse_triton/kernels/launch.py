@@ -27,9 +27,8 @@ class Launch:
 BLOCKWISE = Launch(tile_blocks=256, num_warps=4)
 # One warp a program: its branches on the hardness of a tile are then uniform and need no barrier. A multiprocessor holds 32 programs; what
 # limits easy tiles is how many bytes so few warps keep in flight, and how many instructions they need: hence pairs of tiles, loaded two
-# pairs ahead and unrolled. Eight tiles: starting four-tile programs alone takes 20 % longer, and 16 no longer fit the instruction cache
-# well (bf16, 4096 x 11008, H200: 78, 92 and 90 % of the copy bandwidth at lambda1 x rms 0.005; a loop over two pairs: 92, but 86 instead
-# of 90 % at 0.05, and over one 86).
+# pairs ahead and unrolled. Programs of 4, 8 and 16 tiles reach 78, 92 and 90 % of the copy bandwidth at lambda1 x rms 0.005; a loop over
+# two pairs instead of unrolling all four 92 %, but 86 instead of 90 % at 0.05, and over one pair 86 and 79 % (bf16, 4096 x 11008, H200).
 PROX = Launch(tile_blocks=32, num_warps=1, tiles=8)
 # 8-bit moments: a tile is one group of weights that share a scale. Five streams are in flight without loading ahead, and registers decide
 # how many programs fit: 28 with 72 registers each.

@@ -24,14 +24,21 @@ def load_scale(scale_ptr, first, block, row_blocks):
 
 
 @triton.jit
-def _prox_tile(z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, block, mask, HAS_SCALE: tl.constexpr):
-    raw = load_blocks_at(z_ptr, first_block, block, mask)
+def _prox_blocks(
+    z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, block, loaded, stored,
+    HARD: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The blocks first_block + block: read where `loaded`, written where `stored`. HARD: without trying the sweeps."""
+    raw = load_blocks_at(z_ptr, first_block, block, loaded)
     z = unpack_blocks(raw)
     scale = z
     if HAS_SCALE:
         scale = load_scale(scale_ptr, first_block, block, row_blocks)
-    w = prox_magnitude(z, scale, lam, rate, HAS_SCALE)
-    store_raw_at(out_ptr, signed_raw(w, raw, out_ptr.dtype.element_ty), first_block, block, mask)
+    if HARD:
+        w = hard_magnitude(z, scale, lam, rate, HAS_SCALE)
+    else:
+        w = prox_magnitude(z, scale, lam, rate, HAS_SCALE)
+    store_raw_at(out_ptr, signed_raw(w, raw, out_ptr.dtype.element_ty), first_block, block, stored)
 
 
 @triton.jit
@@ -134,13 +141,7 @@ def _solve_pending(
         place = start + tl.arange(0, count.shape[0])
         here = place < n
         block = at(pending_at, tl.minimum(place, n - 1))
-        raw = load_blocks_at(z_ptr, first_block, block, place == place)
-        z = unpack_blocks(raw)
-        scale = z
-        if HAS_SCALE:
-            scale = load_scale(scale_ptr, first_block, block, row_blocks)
-        w = hard_magnitude(z, scale, lam, rate, HAS_SCALE)
-        store_raw_at(out_ptr, signed_raw(w, raw, out_ptr.dtype.element_ty), first_block, block, here)
+        _prox_blocks(z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, block, place == place, here, True, HAS_SCALE)
 
 
 @triton.jit
@@ -195,7 +196,7 @@ def _prox_24_kernel(
         block = tl.arange(0, TILE_BLOCKS)
         for tile in range(first, tl.minimum(first + TILES, tl.cdiv(n_blocks, TILE_BLOCKS))):
             mask = inside(tile, n_blocks, False, TILE_BLOCKS)
-            _prox_tile(z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, block, mask, HAS_SCALE)
+            _prox_blocks(z_ptr, scale_ptr, out_ptr, lam, rate, row_blocks, first_block, block, mask, mask, False, HAS_SCALE)
             block += TILE_BLOCKS
 
 

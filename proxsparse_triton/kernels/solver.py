@@ -366,6 +366,5 @@ def prox_magnitude(z, scale, lam, rate, HAS_SCALE: tl.constexpr):
         e1, e2, e3, e4 = sweeps(lam * v1, lam * v2, lam * v3, lam * v4, top)
         w = shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE)
     else:
-        e1, e2, e3, e4 = solve_hard(v1, v2, v3, v4, lam)
-        w = settled(shrunk(z, scale, rate, e1, e2, e3, e4, HAS_SCALE), total)
+        w = hard_magnitude(z, scale, lam, rate, HAS_SCALE)
     return w

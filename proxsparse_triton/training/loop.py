@@ -69,7 +69,7 @@ def learn(
     torch.manual_seed(seed)
     model.train()
     with (
-        _fast_matmul(device),
+        fast_matmul(device),
         checkpointing(model, config.checkpointing),
         _gradient_release(optimizer, config.release_gradients),
         progress.task("learning the mask", total=steps) as bar,
@@ -152,7 +152,7 @@ def _gradient_release(optimizer: ProxAdamW, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _fast_matmul(device: torch.device) -> Iterator[None]:
+def fast_matmul(device: torch.device) -> Iterator[None]:
     """fp32 matrix products on the tensor cores (TF32) while learning on a GPU; the setting is put back afterwards."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":

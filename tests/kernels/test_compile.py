@@ -64,7 +64,7 @@ SCRIPT = textwrap.dedent(
         for has_grad, accumulate in ((False, False), (True, False), (True, True)):
             constants = {"ACCUMULATE": accumulate, "HAS_GRAD": has_grad, "TILE": frozen_penalty.TILE}
             name = f"frozen_penalty {w} {w0} {has_grad + accumulate}"
-            cases.append((name, frozen_penalty._frozen_penalty_kernel, types, constants, 4, ("n",)))
+            cases.append((name, frozen_penalty._frozen_penalty_kernel, types | {"partial_ptr": "*fp64"}, constants, 4, ("n",)))
         for has_w0 in (False, True):
             constants = {"HAS_W0": has_w0, "ROW": 4 if "fp32" in (w, w0, grad) else 8, "TILE": frozen_penalty.SQUARE_TILE,
                          "TILES": frozen_penalty.SQUARE_TILES}
@@ -191,7 +191,8 @@ def test_accesses_are_as_wide_as_a_block(report: list[dict[str, Any]]) -> None:
         elif operation == "prox_adamw":
             assert_wide(kernel)
         elif operation != "partial":
-            assert all(access.endswith((".v4.b32", ".v2.b32")) or access == "st.global.b32" for access in kernel["accesses"]), kernel
+            total = "st.global.b64" if operation == "frozen_penalty" else "st.global.b32"
+            assert all(access.endswith((".v4.b32", ".v2.b32")) or access == total for access in kernel["accesses"]), kernel
 
 
 def assert_wide(kernel: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from proxsparse_triton.models.selection import plan_layers
 from proxsparse_triton.progress import SILENT, Progress
 from proxsparse_triton.sparsity import check_mask
 from proxsparse_triton.training import memory
-from proxsparse_triton.training.loop import LoopConfig, learn
+from proxsparse_triton.training.loop import LoopConfig, fast_matmul, learn
 
 STEPS = 8
 
@@ -94,16 +94,13 @@ def test_without_lambda1_it_is_plain_training(device: str) -> None:
     by_hand.model.train()
     for step, window in enumerate(by_hand.windows):
         optimizer.param_groups[0]["lr"] = 1e-2 * (STEPS - step) / (STEPS - 1) if step else 0.0
-        by_hand.model(input_ids=window[None].to(device), labels=window[None].to(device)).loss.backward()
+        with fast_matmul(torch.device(device)):  # of the same rounding: Adam makes much of it
+            by_hand.model(input_ids=window[None].to(device), labels=window[None].to(device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     for name, linear in by_hand.linears().items():
-        learned = given.linears()[name].weight
-        close = torch.isclose(learned, linear.weight, rtol=1e-3, atol=1e-4)
-        # Adam moves a weight whose gradient is all rounding by as much as any other, and the card rounds otherwise from run to run.
-        assert close.all() if device == "cpu" else close.float().mean() > 0.98, name
-        assert (learned - linear.weight).abs().max() < 1e-2, name
+        torch.testing.assert_close(given.linears()[name].weight, linear.weight, rtol=1e-3, atol=1e-4)
         assert torch.equal(result.masks[name], magnitude_mask(given.linears()[name].weight)), name
     assert result.summary["share_24"] == 0
     assert not same(result, run(device, lambda1=2.0, lr=1e-2)[0])

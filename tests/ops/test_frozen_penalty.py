@@ -326,14 +326,11 @@ def test_default_on_the_cpu_is_the_reference(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_on_the_card(dtype: torch.dtype) -> None:
-    """Forward and accumulation allocate partial sums only, in fp32 and to add them up in fp64; backward one gradient."""
-    from proxsparse_triton.kernels.frozen_penalty import TILE
-
+    """Forward and accumulation allocate partial sums only (8 bytes for 512 weights), backward one gradient."""
     torch.manual_seed(0)
     w0 = (0.02 * torch.randn(4096, 11008, device="cuda")).to(dtype)
     w = (w0 * 1.1).requires_grad_()
     size = w0.numel() * w0.element_size()
-    sums = 1.01 * w0.numel() / TILE * (4 + 8)
 
     def peak(run) -> int:
         torch.cuda.synchronize()
@@ -345,8 +342,8 @@ def test_memory_on_the_card(dtype: torch.dtype) -> None:
 
     grad = torch.zeros_like(w0)
     values: list[Tensor] = []
-    assert peak(lambda: values.append(frozen_penalty(w, w0, LAM, EPS))) < sums
-    assert peak(lambda: accumulate_frozen_penalty(w, w0, LAM, EPS, grad)) < sums
+    assert peak(lambda: values.append(frozen_penalty(w, w0, LAM, EPS))) < size / 100
+    assert peak(lambda: accumulate_frozen_penalty(w, w0, LAM, EPS, grad)) < size / 100
     assert peak(values[0].backward) < 1.01 * size
     torch.testing.assert_close(w.grad, grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
     expected = reference.frozen_penalty_value(w.detach().double(), w0.double(), LAM, EPS)
