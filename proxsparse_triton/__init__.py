@@ -14,11 +14,17 @@ _PUBLIC = {
     "frozen_penalty": "ops.frozen_penalty",
     "accumulate_frozen_penalty": "ops.frozen_penalty",
     "mask_24": "ops.mask",
+    "pack_24": "ops.pack",
+    "unpack_24": "ops.pack",
+    "sparse_linear_24": "ops.sparse_linear",
     "prox_adamw_": "ops.prox_adamw",
     "ProxAdamW": "optim.prox_adamw",
     "attach_prox": "optim.attach",
     "load_masks": "formats.masks",
     "apply_masks": "formats.masks",
+    "load_packed": "export",
+    "sparsify_model": "inference.convert",
+    "SparseLinear": "inference.linear",
 }
 
 __all__ = list(_PUBLIC)

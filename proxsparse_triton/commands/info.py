@@ -16,6 +16,7 @@ def info(as_json: bool) -> None:
 
     from ..formats.folder import TOOL
     from ..formats.manifest import package_version, versions
+    from ..inference.choice import describe
     from ..methods.base import method_names
     from ..ops.dispatch import have_triton
     from .console import print_table, size
@@ -31,6 +32,7 @@ def info(as_json: bool) -> None:
         facts["gpu"] = "none that torch can use"
     facts["operations on cuda tensors"] = "triton" if have_triton() else "plain torch: install triton for speed"
     facts["operations on cpu tensors"] = "plain torch"
+    facts |= describe(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     facts["methods"] = ", ".join(method_names())
     if as_json:
         click.echo(json.dumps(facts, indent=2))

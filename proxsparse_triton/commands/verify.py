@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def verify(path: str, original: str | None, as_json: bool) -> None:
     """Check layer by layer that the model folder PATH is 2:4.
 
-    A folder that pst wrote is checked against its own masks; in any other one every weight matrix inside the decoder blocks
-    must keep at most two of every four weights. Exit code 1 when something is wrong.
+    A folder that pst wrote is checked against its own masks, a packed one against its hashes and positions; in any other one every
+    weight matrix inside the decoder blocks must keep at most two of every four weights. Exit code 1 when something is wrong.
     """
     from pathlib import Path
 

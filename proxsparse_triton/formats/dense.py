@@ -20,7 +20,19 @@ from ..models.checkpoint import read_json_object
 from .folder import MANIFEST_NAME
 from .manifest import plain
 from .masks import check_masks
-from .shards import CODES, DTYPES, INDEX_NAME, Entry, bits, load_bin, read_bits, read_header, resolve_names, tensor_bytes, write_safetensors
+from .shards import (
+    DTYPES,
+    INDEX_NAME,
+    Entry,
+    bits,
+    file_layout,
+    load_bin,
+    read_bits,
+    read_header,
+    resolve_names,
+    tensor_bytes,
+    write_safetensors,
+)
 
 MASKABLE = frozenset({"F64", "F32", "F16", "BF16"})
 COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm", ".md"})
@@ -60,7 +72,7 @@ def write_pruned_model(
     entry = plain("write_pruned_model", dict(config_entry))
     config = read_json_object(folder / "config.json")
     check_masks("write_pruned_model", masks)
-    layouts = {path: _layout(path) for path in weight_files}
+    layouts = {path: file_layout("write_pruned_model", path) for path in weight_files}
     keys = [item.name for layout in layouts.values() for item in layout]
     changes = _Changes(keys, masks, weights or {})
     for layout in layouts.values():
@@ -77,10 +89,8 @@ def write_pruned_model(
         else:
             _convert(path, target, layouts[path], changes)
     _write_index(folder, out, {names[path]: layout for path, layout in layouts.items()})
-    _copy_small_files(folder, out)
-    config.pop("quantization_config", None)
-    config["proxsparse"] = entry
-    _write_json(out / "config.json", config)
+    copy_small_files(folder, out)
+    write_config(out, config, entry)
 
 
 class _Changes:
@@ -129,22 +139,6 @@ class _Changes:
 
     def replaces(self, key: str) -> bool:
         return key in self._weights
-
-
-def _layout(path: Path) -> tuple[Entry, ...]:
-    """The tensors of a weight file; the byte ranges only mean something for safetensors."""
-    if path.suffix == ".safetensors":
-        return read_header(path).entries
-    state = load_bin(path)
-    for name, tensor in state.items():
-        if tensor.dtype not in CODES:
-            raise ModelError(
-                f"write_pruned_model: expected dtypes that safetensors can store, got {tensor.dtype} in {name} of {path}. "
-                "Convert the model first."
-            )
-    # Wide types first, so that every tensor starts at a multiple of its width.
-    order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    return tuple(Entry(name, CODES[state[name].dtype], tuple(state[name].shape), 0, 0) for name in order)
 
 
 def _rewrite(path: Path, target: Path, changes: _Changes) -> None:
@@ -209,7 +203,7 @@ def _write_index(folder: Path, out: Path, layouts: Mapping[str, Sequence[Entry]]
             return
     entries = [(name, entry) for name, layout in layouts.items() for entry in layout]
     total = sum(_size(entry) for _, entry in entries)
-    _write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": {entry.name: name for name, entry in entries}})
+    write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": {entry.name: name for name, entry in entries}})
 
 
 def _size(entry: Entry) -> int:
@@ -218,7 +212,7 @@ def _size(entry: Entry) -> int:
     return torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
 
 
-def _copy_small_files(folder: Path, out: Path) -> None:
+def copy_small_files(folder: Path, out: Path) -> None:
     """Tokenizer, generation settings, chat templates, custom code and licences; weights and pickles never."""
     templates = folder / "additional_chat_templates"
     nested = [path for path in templates.glob("*.jinja") if path.is_file()] if templates.is_dir() else []
@@ -240,5 +234,11 @@ def _wanted(name: str) -> bool:
     return Path(lower).suffix in COPIED or lower.startswith(LEGAL)
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_config(out: Path, config: Mapping[str, object], entry: object) -> None:
+    """`config` with `entry` under `proxsparse`, and without `quantization_config`, which would send loaders the wrong way."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    write_json(out / "config.json", {**kept, "proxsparse": entry})
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,45 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], metadata: Mapping[str, s
             f"save_masks: expected masks and metadata of text under keys of its own, got {problem}. "
             "Pass at least one mask and rename the keys."
         )
-    packed = {name: _pack(name, mask) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    packed, shapes = {}, {}
+    for name, mask in masks.items():  # once: a mask may be made when it is asked for
+        packed[name], shapes[name] = _pack(name, mask), list(mask.shape)
     extra |= {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes, ensure_ascii=False)}
     layout = [(name, "U8", (len(data),)) for name, data in packed.items()]
     with atomic_file(path / MASKS_NAME if path.is_dir() else path) as file:
         write_safetensors(file, layout, (torch.from_numpy(data) for data in packed.values()), extra)
+
+
+class StoredMasks(Mapping[str, Tensor]):
+    """The masks of a run folder or of a masks file, each decoded when it is asked for: `load_masks` for models beyond the memory."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self._path = path / MASKS_NAME if path.is_dir() else path
+        with self._opened() as file:
+            self._shapes = _shapes(self._path, file.metadata() or {}, set(file.keys()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        with self._opened() as file:
+            return _unpack(self._path, name, file.get_tensor(name), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="numpy") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"load_masks: expected a masks file written by this tool, got {self._path} ({error}). "
+                f"Name a run folder or its {MASKS_NAME}."
+            ) from error
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -103,16 +137,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
     Raises: ModelError: no such file, corrupt, another format or version, or a tensor that does not fit its shape.
     """
-    path = Path(path)
-    path = path / MASKS_NAME if path.is_dir() else path
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = _shapes(path, file.metadata() or {}, set(file.keys()))
-            return {name: _unpack(path, name, file.get_tensor(name), shape) for name, shape in shapes.items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"load_masks: expected a masks file written by this tool, got {path} ({error}). Name a run folder or its {MASKS_NAME}."
-        ) from error
+    return dict(StoredMasks(path))
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -143,6 +143,21 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def file_layout(function: str, path: Path) -> tuple[Entry, ...]:
+    """The tensors of a weight file; the byte ranges only mean something for safetensors."""
+    if path.suffix == ".safetensors":
+        return read_header(path).entries
+    state = load_bin(path)
+    for name, tensor in state.items():
+        if tensor.dtype not in CODES:
+            raise ModelError(
+                f"{function}: expected dtypes that safetensors can store, got {tensor.dtype} in {name} of {path}. Convert the model first."
+            )
+    # Wide types first, so that every tensor starts at a multiple of its width.
+    order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
+    return tuple(Entry(name, CODES[state[name].dtype], tuple(state[name].shape), 0, 0) for name in order)
+
+
 class WeightFiles:
     """Every tensor of some weight files by name, safetensors or .bin, read one at a time."""
 

@@ -14,12 +14,15 @@ from torch import Tensor
 from ..errors import ModelError
 from ..progress import SILENT, Progress
 from ..sparsity import BLOCK, KEPT, count_negative_zeros, kept_per_block
-from .folder import MANIFEST_NAME, is_run
-from .manifest import PARAMETERS, WEIGHTS_UPDATED, read_manifest
-from .masks import load_masks
+from .folder import is_run
+from .manifest import WEIGHTS_UPDATED, read_manifest
+from .masks import StoredMasks
+from .packed import PackedModel, is_packed_folder, read_packed
+from .pruned import listed_parameters
 from .shards import MASKS_NAME, WeightFiles, bits, model_files, resolve_names
 
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")  # decoder blocks are numbered: model.layers.0.mlp..., h.0.attn...
+_Tensors = WeightFiles | PackedModel
 NOT_PRUNED = frozenset({"wte", "wpe", "lm_head", "shared", "gate", "router"})  # embeddings, heads, expert routers
 
 
@@ -63,18 +66,18 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
     floating-point matrix whose width divides by 4 is reported, embeddings, heads and expert routers left out; those inside
     the decoder blocks must be 2:4, and at least one layer must be.
 
+    A packed folder is 2:4 by its form: its files must be those that were written, and the positions in each block must ascend.
+
     With `original`, kept weights must be the original's bit for bit (unless the manifest says that the method updates them),
     and so must every tensor that is not pruned.
 
     Raises: ModelError: `path` or `original` is not a model folder, a file is corrupt, or a listed parameter is in no file.
     """
-    files = WeightFiles(model_files(path))
-    before = _Original(original, files) if original is not None else None
-    masks = load_masks(path) if (path / MASKS_NAME).exists() else {}
     manifest = read_manifest(path) if is_run(path) else {}
-    listed = _listed(path, masks, manifest)
+    files, masks, listed = _opened(path, manifest)
+    before = _Original(original, files) if original is not None else None
     keys = resolve_names("verify", listed, files.shapes)
-    by_key = {keys[name]: mask for name, mask in masks.items()}
+    stored = {keys[name]: name for name in masks}
     names = list(keys.values()) or [name for name, shape in files.shapes.items() if _is_candidate(name, shape)]
     updated = manifest.get(WEIGHTS_UPDATED) is True
 
@@ -84,7 +87,8 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
             w = files.tensor(name)
             if w.is_floating_point() or keys:
                 required = bool(keys) or IN_A_BLOCK.search(name) is not None
-                layers.append(_check_layer(name, w, required=required, mask=by_key.get(name), before=before, updated=updated))
+                mask = masks[stored[name]] if name in stored else None
+                layers.append(_check_layer(name, w, required=required, mask=mask, before=before, updated=updated))
             task.advance()
     problems = [f"{layer.name}: {layer.problem}" for layer in layers if layer.problem]
     if not keys and not any(layer.wrong_blocks == 0 for layer in layers):
@@ -94,10 +98,20 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
     return VerifyReport(str(path), None if original is None else str(original), bool(masks), updated, tuple(layers), tuple(problems))
 
 
+def _opened(path: Path, manifest: Mapping[str, Any]) -> tuple[_Tensors, Mapping[str, Tensor], list[str]]:
+    """The dense tensors of the folder, its masks by parameter name, and the layers that its own record says are pruned."""
+    if is_packed_folder(path):
+        packed = read_packed(path)
+        return packed, packed.masks, list(packed.masks)
+    files = WeightFiles(model_files(path))
+    masks = StoredMasks(path) if (path / MASKS_NAME).exists() else {}
+    return files, masks, listed_parameters("verify", path, masks, manifest)
+
+
 class _Original:
     """The original's tensors under the keys of the folder that is checked."""
 
-    def __init__(self, folder: Path, pruned: WeightFiles) -> None:
+    def __init__(self, folder: Path, pruned: _Tensors) -> None:
         self._files = WeightFiles(model_files(folder))
         absent = [key for key in pruned.shapes if key not in self._files.shapes]
         present = set(self._files.shapes) - set(pruned.shapes)
@@ -109,7 +123,7 @@ class _Original:
     def bits(self, key: str) -> Tensor:
         return bits(self._files.tensor(self._keys[key]))
 
-    def other_problems(self, checked: set[str], pruned: WeightFiles) -> list[str]:
+    def other_problems(self, checked: set[str], pruned: _Tensors) -> list[str]:
         """Tensors that nothing prunes must be the original's; a tensor that only the original has was lost."""
         others = [key for key in pruned.shapes if key not in checked]
         changed = [key for key in others if not _same(bits(pruned.tensor(key)), self.bits(key))]
@@ -120,24 +134,6 @@ class _Original:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _listed(path: Path, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> list[str]:
-    """The masked parameters by the folder's own record."""
-    recorded = manifest.get(PARAMETERS)
-    if recorded is None:
-        return list(masks)
-    if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):
-        raise ModelError(
-            f"verify: expected a list of names under {PARAMETERS} in {path / MANIFEST_NAME}, got something else. Restore the file."
-        )
-    differ = sorted(set(recorded) ^ set(masks)) if masks else []
-    if differ:
-        raise ModelError(
-            f"verify: expected the same layers in {MASKS_NAME} and {MANIFEST_NAME} of {path}, got {len(differ)} in only one of them: "
-            f"{', '.join(differ[:3])}. Prune again."
-        )
-    return recorded
 
 
 def _is_candidate(name: str, shape: tuple[int, ...]) -> bool:

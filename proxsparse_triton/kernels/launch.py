@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -52,3 +52,59 @@ def fused(kernel_interpreted: bool, eight_bit: bool) -> Launch:
     if kernel_interpreted:
         return Launch(FUSED.tile_blocks if eight_bit else 4096, 1, INTERPRETER_TILES)
     return FUSED
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How `sparse_linear` parts its work: see the kernel.
+
+    tiles: of 16 rows, of a warp. column_warps (at most 15), row_warps: of a program. segments: of 64 columns, of a warp and turn.
+    stages: of the ring. token_tiles: of 8 tokens, of a program. tokens: how many of them are staged.
+    """
+
+    tiles: int
+    column_warps: int
+    row_warps: int
+    segments: int
+    stages: int
+    token_tiles: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.tiles * self.row_warps
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory: the ring, or what the sums of the column warps take in its place."""
+        warps = self.column_warps * self.row_warps
+        stage = self.segments * (warps * self.tiles * 1152 + self.column_warps * self.tokens * 128)
+        return max(self.stages * stage, warps * self.tiles * self.token_tiles * 512)
+
+
+# At most this many tokens -> (out_features from which on, launch), the widest layers first. Measured on an H200 in bf16 at 11008 x 4096,
+# 4096 x 11008, 14336 x 4096, 28672 x 8192 and 4096 x 4096, 1 to 64 tokens, 2026-11-26: the best of some eighty a shape and token count.
+# What decides: bytes in flight (some 32 KB a multiprocessor), so few rows need many column warps; and how often x passes from L2 to the
+# multiprocessors, once for each program's rows, so more tokens want more rows.
+DECODE = {
+    2: ((8192, Decode(2, 4, 1, 2, 2, 1, 2)), (0, Decode(1, 4, 1, 2, 4, 1, 2))),
+    8: ((20480, Decode(4, 2, 2, 1, 3, 1, 8)), (8192, Decode(2, 4, 1, 1, 3, 1, 8)), (0, Decode(1, 4, 1, 1, 5, 1, 8))),
+    16: ((20480, Decode(4, 2, 2, 1, 3, 2, 16)), (8192, Decode(2, 2, 4, 2, 3, 2, 16)), (0, Decode(2, 4, 1, 1, 5, 2, 16))),
+    32: ((20480, Decode(4, 2, 4, 1, 3, 4, 32)), (8192, Decode(2, 2, 4, 2, 3, 4, 32)), (0, Decode(2, 4, 2, 1, 3, 4, 32))),
+    64: ((20480, Decode(4, 2, 4, 1, 3, 8, 64)), (8192, Decode(2, 2, 4, 1, 4, 8, 64)), (0, Decode(2, 4, 2, 1, 3, 4, 32))),
+}
+INTERPRETED_DECODE = {8: Decode(2, 2, 1, 1, 2, 1, 8), 64: Decode(2, 2, 2, 2, 2, 2, 16)}
+
+
+def decode(tokens: int, rows: int, shared: int | None) -> Decode:
+    """The launch for so many tokens and out_features on a device with `shared` bytes of shared memory a program; None: interpreted."""
+    if shared is None:
+        return INTERPRETED_DECODE[8 if tokens <= 8 else 64]
+    choices = DECODE[min((most for most in DECODE if most >= tokens), default=max(DECODE))]
+    chosen = next(launch for least, launch in choices if rows >= least)
+    while chosen.bytes > shared:  # smaller cards than those with 227 KB
+        if chosen.stages > 2:
+            chosen = replace(chosen, stages=chosen.stages - 1)
+        else:
+            chosen = replace(chosen, column_warps=chosen.column_warps // 2, row_warps=max(1, chosen.row_warps // 2))
+    return chosen

@@ -65,6 +65,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """True for the config.json of a folder that `pst export --format packed` wrote: it holds no weights as transformers knows them."""
+    entry = config.get("proxsparse")
+    return isinstance(entry, Mapping) and entry.get("format") == "packed"
+
+
 def weight_entry(config: Mapping[str, Any], present: Collection[str]) -> str | None:
     """Name of the weights file or shard index that transformers would open, out of the file names `present`; None if there is none."""
     explicit = config.get("transformers_weights")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import BackendError, ConfigError, ModelError, ResourceError
+from ..errors import BackendError, ConfigError, ModelError, ProxSparseError, ResourceError
 from ..progress import SILENT, Progress
 from .checkpoint import FLOAT_DTYPES, listed, one_line, read_json_object, stored_dtype
 from .source import CONFIG, ModelSource, file_hashes, resolve_model
@@ -17,7 +17,18 @@ from .source import CONFIG, ModelSource, file_hashes, resolve_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelSource", "file_hashes", "load_config", "load_model", "load_tokenizer", "max_seqlen", "resolve_model"]
+__all__ = [
+    "ModelSource",
+    "checked_device",
+    "checked_dtype",
+    "file_hashes",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "load_whole",
+    "max_seqlen",
+    "resolve_model",
+]
 
 CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 UNLIMITED = 10**8  # tokenizers and configs write "no limit" as 1e30 and the like
@@ -46,26 +57,39 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    place = _checked_device(device)
-    if dtype is None:
-        dtype = stored_dtype(source.weight_files) if source.is_safetensors else None
-    elif dtype not in FLOAT_DTYPES.values():
-        raise ConfigError(f"load_model: expected a dtype to compute in, got {dtype}. Use float32, bfloat16 or float16.")
+    place = checked_device(device)
+    dtype = checked_dtype(source, dtype)
     config = load_config(source, trust_remote_code=trust_remote_code)
+
+    def load() -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=dtype if dtype is not None else "auto",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; _check_keys refuses them
+        )
+        return loaded
+
+    model = load_whole(source, place, load)
+    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
+    return model
+
+
+def load_whole(source: ModelSource, place: torch.device, load: Callable[[], tuple[PreTrainedModel, Mapping[str, Any]]]) -> PreTrainedModel:
+    """What `load` returns, a model and transformers' loading info, on `place` and in eval mode; every failure in one line.
+
+    Raises: ModelError: `load` failed, or tensors are missing, unexpected or of another shape. ResourceError: out of memory.
+    """
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=dtype if dtype is not None else "auto",
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are listed; _check_keys refuses them
-            )
+            model, info = load()
         _check_keys(source, model, info)
         model = model.to(place)
-    except ModelError:
+    except ProxSparseError:
         raise
     except Exception as error:  # a library that reads what users bring raises anything; --debug shows what
         if _out_of_memory(error):
@@ -76,9 +100,16 @@ def load_model(
         raise ModelError(
             f"{source.spec}: expected a model that transformers can load, got {one_line(error)}. Check config.json and the weights."
         ) from error
-    model.config.use_cache = False
-    model.config.get_text_config().use_cache = False
     return model.eval()
+
+
+def checked_dtype(source: ModelSource, dtype: torch.dtype | None) -> torch.dtype | None:
+    """`dtype`, or as the weights are stored; None where only config.json can know. ConfigError: not a dtype to compute in."""
+    if dtype is None:
+        return stored_dtype(source.weight_files) if source.is_safetensors else None
+    if dtype not in FLOAT_DTYPES.values():
+        raise ConfigError(f"load_model: expected a dtype to compute in, got {dtype}. Use float32, bfloat16 or float16.")
+    return dtype
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False, progress: Progress = SILENT) -> PreTrainedTokenizerBase:
@@ -132,7 +163,7 @@ def max_seqlen(config: Any) -> int | None:
     return None
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def checked_device(device: torch.device | str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError as error:

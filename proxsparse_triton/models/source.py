@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelError
-from .checkpoint import INDEX_SUFFIX, check_weight_files, find_weight_files, listed, one_line, read_json_object, shard_names, weight_entry
+from .checkpoint import (
+    INDEX_SUFFIX,
+    check_weight_files,
+    find_weight_files,
+    is_packed,
+    listed,
+    one_line,
+    read_json_object,
+    shard_names,
+    weight_entry,
+)
 
 DEMO = "demo"
 DEMO_ASSET = "pylm-2m"
@@ -49,7 +59,7 @@ def resolve_model(spec: str, *, revision: str | None = None) -> ModelSource:
             on disk is local; only what could be a Hub id is looked up there.
         revision: branch, tag or commit of a Hub id.
     Raises: ModelError: missing or empty folder, no or broken config.json, a quantised model or an adapter, no weights, absent
-        shards, a truncated or corrupt weights file, pickles that hold more than tensors, a Hub id that cannot be fetched.
+        shards, a packed folder, a truncated or corrupt weights file, pickles that hold more than tensors, a Hub id that cannot be fetched.
         ConfigError: a revision for something that is not on the Hub.
     """
     local = _local_path(spec)
@@ -104,6 +114,11 @@ def _check_folder(folder: Path) -> None:
 
 def _checked_config(folder: Path) -> dict[str, Any]:
     config = read_json_object(folder / CONFIG)
+    if is_packed(config):
+        raise ModelError(
+            f"{folder}: expected dense weights, got a packed folder (pst export --format packed). "
+            "Load it with proxsparse_triton.load_packed, or use the dense folder it was exported from."
+        )
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None

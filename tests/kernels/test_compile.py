@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ SCRIPT = textwrap.dedent(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from proxsparse_triton.kernels import frozen_penalty, launch, mask, partial, prox, prox_adamw, ptx, sweeps
+    from proxsparse_triton.kernels import frozen_penalty, launch, mask, pack, partial, prox, prox_adamw, ptx, sweeps
 
     for_amd = sys.argv[2] == "hip"
     if for_amd:
@@ -43,6 +44,17 @@ SCRIPT = textwrap.dedent(
         types = {"score_ptr": "*" + dtype, "mask_ptr": "*i1", "n_blocks": "i32"}
         constants = {"TILE_BLOCKS": launch.BLOCKWISE.tile_blocks}
         cases.append((f"mask {dtype}", mask._mask_24_kernel, types, constants, launch.BLOCKWISE.num_warps, ()))
+    for bits in ("i16", "i32"):
+        types = {"w_ptr": "*" + bits, "values_ptr": "*" + bits, "metadata_ptr": "*u8", "wrong_ptr": "*i32",
+                 "row_blocks": "i32", "n_pairs": "i32"}
+        for whole in (True, False):
+            constants = {"WHOLE": whole, "PAIRS": launch.BLOCKWISE.tile_blocks // 2}
+            end = "" if whole else " ragged"
+            for masked in (False, True):
+                more = {"mask_ptr": "*i1" if masked else "*" + bits}, {"HAS_MASK": masked}
+                name = f"pack {bits}" + " masked" * masked + end
+                cases.append((name, pack._pack_24_kernel, types | more[0], constants | more[1], launch.BLOCKWISE.num_warps, ()))
+            cases.append((f"unpack {bits}" + end, pack._unpack_24_kernel, types, constants, launch.BLOCKWISE.num_warps, ()))
     scalars = ("step_size", "decay", "eps", "beta1_rest", "beta2", "beta2_rest", "root_correction", "lambda1", "lambda2", "frozen_eps")
     for w, moments, bits in (("fp32", "fp32", 0), ("bf16", "fp32", 0), ("bf16", "bf16", 0), ("bf16", "bf16", 8), ("bf16", "bf16", 16),
                              ("bf16", "i8", 0), ("bf16", "i8", 8)):
@@ -138,7 +150,7 @@ def report() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
-    assert len(report) == 3 * (8 + 3 + 7 + 12 + 8 + 2) + 4 + 7
+    assert len(report) == 3 * (8 + 3 + 12 + 7 + 12 + 8 + 2) + 4 + 7
 
 
 @pytest.mark.slow
@@ -157,9 +169,12 @@ def test_half_of_the_threads_or_more_fit(report: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_no_barrier(report: list[dict[str, Any]]) -> None:
-    """One thread owns a block and one warp a program, which needs no barrier for its list of blocks. Sums over four warps need one."""
+    """One thread owns a block and one warp a program, which needs no barrier for its list of blocks. Sums over four warps need one, and
+    the values of rows that end inside a word, whose pairs of blocks are not aligned."""
+    limits = {"frozen_penalty": 2, "gradient_square": 2, "partial": 4}
     for kernel in report:
-        limit = 2 if kernel["name"].startswith(("frozen_penalty", "gradient_square")) else 4 if kernel["name"].startswith("partial") else 0
+        operation, *_ = kernel["name"].split()
+        limit = 1 if operation == "pack" and "ragged" in kernel["name"] else limits.get(operation, 0)
         assert kernel["barriers"] <= limit, kernel
 
 
@@ -188,11 +203,26 @@ def test_accesses_are_as_wide_as_a_block(report: list[dict[str, Any]]) -> None:
             assert set(kernel["accesses"]) == {f"ld.global.{block}", f"st.global.{block}"} | wide, kernel
         elif operation == "mask":
             assert set(kernel["accesses"]) == {f"ld.global.{block}", "st.global.b32"}, kernel
+        elif operation in ("pack", "unpack"):
+            assert_half_wide(kernel)
         elif operation == "prox_adamw":
             assert_wide(kernel)
         elif operation != "partial":
             total = "st.global.b64" if operation == "frozen_penalty" else "st.global.b32"
             assert all(access.endswith((".v4.b32", ".v2.b32")) or access == total for access in kernel["accesses"]), kernel
+
+
+def assert_half_wide(kernel: dict[str, Any]) -> None:
+    """Packing: two blocks of dense weights, each whole, their kept weights at once (alone in a row that ends inside a word), a byte of
+    metadata; 4 bytes of mask a block, and the flag."""
+    operation, bits, *options, _ = kernel["name"].split()
+    packing, ragged = operation == "pack", "ragged" in options
+    block, half = ("v4.b32", "v2.b32") if bits == "i32" else ("v2.b32", "b32")
+    dense, kept = ("ld", "st") if packing else ("st", "ld")
+    expected = Counter({f"{dense}.global.{block}": 2, f"{kept}.global.b8": 1})
+    expected += Counter({f"{kept}.global.{half if ragged else block}": 1 + ragged})
+    expected += Counter({"ld.global.b32": 2 * ("masked" in options), "st.global.b32": packing})
+    assert kernel["accesses"] == expected, kernel
 
 
 def assert_wide(kernel: dict[str, Any]) -> None:

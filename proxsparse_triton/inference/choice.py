@@ -1,0 +1,229 @@
+"""How a packed layer multiplies a batch: chosen by device, shape, tokens, and whether a CUDA graph replays it.
+
+Three backends: `decode` (our kernel reads the packed weight: few tokens), `library` (sparse tensor cores: many tokens), `dense` (unpack
+to a temporary weight, then `F.linear`: always possible). A measured table in the user's cache folder decides, and where it has nothing
+to say the thresholds below.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError, OutputError
+from ..ops import sparse_linear as kernel
+from ..ops.dispatch import have_triton, kernels_compile
+from .library import CUSPARSELT, Algorithm, find_library, takes
+
+BACKENDS = ("decode", "library", "dense")
+MODES = ("graph", "eager")
+VERSION = 1
+
+# H200, bf16, 4096 x 4096 to 28672 x 8192, in CUDA graphs: the decode kernel is 1.3 to 1.8 times as fast as a dense weight at 1 to 16
+# tokens and even with it near 64. The library is even with a dense weight from 256 to 1024 tokens on, but the dense weight has to be
+# unpacked first: that writes and reads it once more, which the library does not have to wait for.
+DECODE_TOKENS = 64
+# cuSPARSELt builds a plan in each eager call: 0.5 to 0.77 ms of the host, the time of about 4096 tokens (H200). A graph replays without.
+EAGER_LIBRARY_TOKENS = 4096
+UNBOUNDED = 2**62
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to use up to `tokens`. algorithm: of cuSPARSELt; None: not measured."""
+
+    tokens: int
+    backend: str
+    algorithm: Algorithm | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"Point: expected a backend of {', '.join(BACKENDS)}, got {self.backend!r}. Choose one of these.")
+        if self.tokens < 1:
+            raise ConfigError(f"Point: expected at least one token, got {self.tokens}. Leave the point out.")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One layer in one mode. dtype: as in `str(torch.bfloat16)` without `torch.`. mode: "graph" or "eager"."""
+
+    dtype: str
+    out_features: int
+    in_features: int
+    mode: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"Key: expected a mode of {', '.join(MODES)}, got {self.mode!r}. Choose one of these.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The measured points of one layer in one mode, by ascending tokens."""
+
+    key: Key
+    points: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        counts = [point.tokens for point in self.points]
+        if not counts or counts != sorted(set(counts)):
+            raise ConfigError(f"Entry: expected points by ascending tokens, got {counts}. Sort them.")
+
+
+Table = Mapping[Key, tuple[Point, ...]]
+
+
+def pick(points: Sequence[Point], tokens: int) -> Point:
+    """The point of the smallest count that is not below `tokens`; beyond the last, the last."""
+    return next((point for point in points if tokens <= point.tokens), points[-1])
+
+
+def default_points(library: str | None, mode: str) -> tuple[Point, ...]:
+    """The thresholds where nothing was measured."""
+    if library is None:
+        return Point(DECODE_TOKENS, "decode"), Point(UNBOUNDED, "dense")
+    if library == CUSPARSELT and mode == "eager":
+        return Point(DECODE_TOKENS, "decode"), Point(EAGER_LIBRARY_TOKENS - 1, "dense"), Point(UNBOUNDED, "library")
+    return Point(DECODE_TOKENS, "decode"), Point(UNBOUNDED, "library")
+
+
+def possible(points: Iterable[Point], *, decode: bool, library: bool) -> tuple[Point, ...]:
+    """`points` with dense in place of what cannot run."""
+    able = {"decode": decode, "library": library, "dense": True}
+    return tuple(point if able[point.backend] else Point(point.tokens, "dense") for point in points)
+
+
+def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, *, captured: bool) -> Point:
+    """The backend, and for cuSPARSELt the algorithm, of one product. captured: inside a CUDA graph."""
+    return pick(_points(device, dtype, out_features, in_features, "graph" if captured else "eager"), tokens)
+
+
+@functools.cache
+def _points(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, mode: str) -> tuple[Point, ...]:
+    library = find_library(device)
+    taken = takes(library, dtype, out_features, in_features)
+    measured = measured_table(device).get(Key(dtype_name(dtype), out_features, in_features, mode))
+    points = measured or default_points(library.name if taken else None, mode)
+    decode = can_decode(device) and kernel.takes(out_features, in_features, dtype, library.order if taken else "linear")
+    return possible(points, decode=decode, library=taken)
+
+
+def can_decode(device: torch.device) -> bool:
+    """Whether the decode kernel runs there: it is for the sparse tensor cores of NVIDIA."""
+    return device.type == "cuda" and torch.version.hip is None and have_triton() and kernels_compile(device)
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What will be used on a device and why, for people."""
+    decode = can_decode(device)
+    missing = "not a CUDA GPU" if device.type != "cuda" else "install triton" if not have_triton() else "needs NVIDIA Ampere or newer"
+    if device.type != "cuda":
+        table = "none: not a CUDA GPU"
+    else:
+        path = table_path(torch.cuda.get_device_name(device))
+        layers = len(measured_table(device))
+        table = f"{path}, {layers} entries" if layers else f"none in {path.parent}: built-in thresholds"
+    return {
+        "packed layers, few tokens": f"decode kernel, up to {DECODE_TOKENS}" if decode else f"unpacked weight: {missing}",
+        "packed layers, many tokens": find_library(device).reason,
+        "packed layers, measured": table,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The table in the cache folder.
+
+
+def table_path(device_name: str) -> Path:
+    """Where the table of a GPU is kept: PROXSPARSE_CACHE_DIR, or proxsparse-triton in XDG_CACHE_HOME or ~/.cache; one a torch version."""
+    own, shared = os.environ.get("PROXSPARSE_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own) if own else Path(shared or Path.home() / ".cache") / "proxsparse-triton"
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name).strip('-')}_torch-{torch.__version__}.json"
+
+
+def measured_table(device: torch.device) -> Table:
+    """The table of a device, read once; empty where none was measured, and with one warning where it cannot be read."""
+    return _read_once(table_path(torch.cuda.get_device_name(device))) if device.type == "cuda" else {}
+
+
+@functools.cache
+def _read_once(path: Path) -> Table:
+    try:
+        return load_table(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # ConfigError is a ValueError
+        warnings.warn(f"SparseLinear: ignored the measured table {path} ({type(error).__name__}: {error}). Delete it.", stacklevel=2)
+        return {}
+
+
+def load_table(path: Path) -> Table:
+    """Read a table. Raises what reading and decoding raise: OSError, ValueError, KeyError, TypeError."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["version"] != VERSION:
+        raise ConfigError(f"load_table: expected version {VERSION}, got {content['version']!r}. Measure again.")
+    entries = [_entry(item) for item in content["entries"]]
+    return {entry.key: entry.points for entry in entries}
+
+
+def _entry(item: Mapping[str, object]) -> Entry:
+    dtype, out_features, in_features, mode, points = (item[name] for name in ("dtype", "out", "in", "mode", "points"))
+    if not (isinstance(points, list) and isinstance(out_features, int) and isinstance(in_features, int)):
+        raise TypeError(f"expected sizes and a list of points, got {item}")
+    return Entry(Key(str(dtype), out_features, in_features, str(mode)), tuple(_point(*point) for point in points))
+
+
+def _point(tokens: int, backend: str, algorithm: Sequence[int] | None) -> Point:
+    if algorithm is None:
+        return Point(tokens, backend)
+    alg_id, split_k, split_k_mode = (int(number) for number in algorithm)
+    return Point(tokens, backend, (alg_id, split_k, split_k_mode))
+
+
+def save_table(entries: Iterable[Entry], device_name: str) -> Path:
+    """Add `entries` to the table of a GPU, replacing those of the same layers, and use it from now on. Returns its path.
+
+    Raises: OutputError: the cache folder cannot be written.
+    """
+    path = table_path(device_name)
+    _forget()
+    table = {**_read_once(path), **{entry.key: entry.points for entry in entries}}
+    items = [
+        {
+            "dtype": key.dtype,
+            "out": key.out_features,
+            "in": key.in_features,
+            "mode": key.mode,
+            "points": [[point.tokens, point.backend, point.algorithm] for point in points],
+        }
+        for key, points in table.items()
+    ]
+    text = json.dumps({"version": VERSION, "device": device_name, "torch": torch.__version__, "entries": items}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.stem, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)  # a reader sees the old table or the new one
+    except OSError as error:
+        raise OutputError(
+            f"save_table: expected a cache folder to write, got {path.parent} ({error}). Name another in PROXSPARSE_CACHE_DIR."
+        ) from error
+    _forget()
+    return path
+
+
+def _forget() -> None:
+    _read_once.cache_clear()
+    _points.cache_clear()
