@@ -67,7 +67,7 @@ def sparsify_model(
     """
     if on_dense not in ("skip", "error"):
         raise ConfigError(f"sparsify_model: expected on_dense 'skip' or 'error', got {on_dense!r}. Choose one of these.")
-    names = plan_layers(model, include=include, skip=skip).selected()
+    names = _chosen(model, include, skip)
     owners = Counter(id(w) for module in _modules(model) for w in module.parameters(recurse=False))
     for name in names if on_dense == "error" else ():
         packed = _packed(model, name, owners)  # and forgotten: nothing may change before all are known to be 2:4
@@ -86,7 +86,7 @@ def sparsify_model(
     if left:
         warnings.warn(f"sparsify_model: {len(left)} of {len(names)} layers stay dense: {_summary(left)}.", stacklevel=2)
     if fuse:
-        _fuse(model, done)
+        fuse_siblings(model, done)
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = _refuse_to_save
     return model
@@ -99,6 +99,15 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
     packed = sum(layer.packed.nbytes for layer in layers)
     dense = sum(layer.out_features * layer.in_features * layer.layout.dtype.itemsize for layer in layers)
     return WeightBytes(packed, dense, sum(tensor.nbytes for tensor in tensors.values()) - packed)
+
+
+def _chosen(model: nn.Module, include: Sequence[str], skip: Sequence[str]) -> list[str]:
+    try:
+        return plan_layers(model, include=include, skip=skip).selected()
+    except ModelError as error:
+        if not any(isinstance(module, SparseLinear) for module in model.modules()):
+            raise
+        raise ModelError("sparsify_model: expected dense layers, got a model whose layers are packed already. Use it as it is.") from error
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -138,8 +147,8 @@ def _summary(left: Mapping[str, _Reason]) -> str:
     return "; ".join(f"{len(group)} {kind} ({_first(group)})" for kind, group in kinds.items())
 
 
-def _fuse(model: nn.Module, names: Sequence[str]) -> None:
-    """Make groups of the siblings among the packed layers `names`."""
+def fuse_siblings(model: nn.Module, names: Sequence[str]) -> None:
+    """Make groups of the siblings among the packed layers `names` of a model, each a `SparseLinear`."""
     packed = set(names)
     for parent_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
         parent = model.get_submodule(parent_name)

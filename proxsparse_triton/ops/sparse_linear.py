@@ -21,7 +21,7 @@ DIVISORS = {"linear": (16, 16), "hopper": (64, 32), "ampere": (64, 32)}
 @functools.cache
 def _shared_bytes(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _compute(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, order: str, backend: str) -> Tensor:

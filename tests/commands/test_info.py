@@ -7,6 +7,8 @@ import transformers
 from click.testing import CliRunner
 
 from proxsparse_triton.cli import main
+from proxsparse_triton.inference import choice
+from proxsparse_triton.inference.library import judge
 from proxsparse_triton.methods.base import method_names
 from proxsparse_triton.ops import dispatch
 
@@ -27,6 +29,16 @@ def test_versions_devices_and_methods() -> None:
     assert found["methods"] == ", ".join(method_names())
     assert found["operations on cpu tensors"] == "plain torch"
     assert ("compute capability" in found["gpu"]) == torch.cuda.is_available()
+
+
+def test_how_packed_layers_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {name: value for name, value in facts().items() if name.startswith("packed layers")}
+    assert set(found) == {"packed layers, few tokens", "packed layers, many tokens", "packed layers, measured"}
+    if not torch.cuda.is_available():
+        assert found["packed layers, few tokens"] == "unpacked weight: not a CUDA GPU"
+        assert found["packed layers, many tokens"] == "none: not a CUDA GPU"
+    monkeypatch.setattr(choice, "find_library", lambda device: judge((9, 0), cusparselt=800))
+    assert "0.8.0" in facts()["packed layers, many tokens"]
 
 
 def test_what_will_be_used_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

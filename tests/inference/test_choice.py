@@ -130,8 +130,8 @@ def test_an_unreadable_table_is_ignored_with_one_warning(folder: Path, content: 
     folder.mkdir()
     table_path(GPU).write_text(content)
     with pytest.warns(UserWarning, match="ignored the measured table") as caught:
-        assert backend(300) == "library"
-        assert backend(300, out=8192) == "library"
+        used = [backend(300), backend(300, out=8192)]
+    assert used == ["library", "library"]
     assert len(caught) == 1
     assert str(table_path(GPU)) in str(caught[0].message)
 

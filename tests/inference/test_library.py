@@ -62,9 +62,7 @@ def test_no_library_on_amd_cards_and_cpus(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_slow_version_is_named() -> None:
-    assert judge((9, 0), cusparselt=800).reason == (
-        "cuSPARSELt 0.8.0: compute capability 9.0; slow on Hopper, fixed in 0.8.1 (torch 2.12)"
-    )
+    assert judge((9, 0), cusparselt=800).reason == ("cuSPARSELt 0.8.0: compute capability 9.0; slow on Hopper, fixed in 0.8.1 (torch 2.12)")
     assert judge((9, 0), cusparselt=801).reason == "cuSPARSELt 0.8.1: compute capability 9.0"
     assert "this torch has none" in judge((9, 0)).reason
 
@@ -120,10 +118,6 @@ def test_inputs_are_padded_and_aligned() -> None:
     assert not padded[11:].any()
     shifted = torch.randn(8 * 32 + 1)[1:].view(8, 32)
     assert library._padded(shifted).data_ptr() % library.ALIGNMENT == 0
-
-
-class _Called(Exception):
-    pass
 
 
 def test_the_call_of_cusparselt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from proxsparse_triton.errors import ConfigError, ShapeError
 from proxsparse_triton.inference import blob, multiply
 from proxsparse_triton.inference.blob import Layout
 from proxsparse_triton.inference.choice import Point
+from proxsparse_triton.inference.library import find_library
+from proxsparse_triton.inference.library import multiply as library_product
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 32), (128, 96), (3, 4), (5, 20), (48, 44)]
@@ -119,7 +121,7 @@ def test_bad_inputs() -> None:
     layer, _ = pair(12, 8)
     with pytest.raises(TypeError, match=r"SparseLinear: expected torch.float32 as the weight has, got torch.float16\. Convert"):
         layer(torch.ones(1, 8).half())
-    with pytest.raises(TypeError, match="got torch.int64"):
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
         layer(torch.ones(1, 8, dtype=torch.int64))
     with pytest.raises(ShapeError, match=r"SparseLinear: expected \[..., 8\], got \(1, 12\)"):
         layer(torch.ones(1, 12))
@@ -133,17 +135,17 @@ def test_bad_weights() -> None:
     values, metadata = pack_24(weight(6, 16))
     with pytest.raises(ShapeError, match=r"pack_24: expected at most 2 non-zeros of every 4 weights, got 4 in block \(0, 0\)"):
         SparseLinear.from_dense(torch.ones(6, 16))
-    with pytest.raises(TypeError, match="expected float32, float16 or bfloat16 weights, got torch.float64"):
+    with pytest.raises(TypeError, match=r"expected float32, float16 or bfloat16 weights, got torch\.float64"):
         SparseLinear.from_dense(weight(6, 16).double())
     with pytest.raises(ShapeError, match=r"from_packed: expected metadata of shape \(6, 1\) for values of \(6, 8\), got \(6, 2\)"):
         SparseLinear.from_packed(values, torch.zeros(6, 2, dtype=torch.int16))
     with pytest.raises(ShapeError, match=r"from_packed: expected values \[out, in_features / 2\] of two a block, got \(6, 7\)"):
         SparseLinear.from_packed(values[:, 1:], metadata)
-    with pytest.raises(TypeError, match="from_packed: expected int16 metadata, got torch.int32"):
+    with pytest.raises(TypeError, match=r"from_packed: expected int16 metadata, got torch\.int32"):
         SparseLinear.from_packed(values, metadata.int())
     with pytest.raises(ShapeError, match=r"from_packed: expected a bias of shape \(6,\), got \(7,\)"):
         SparseLinear.from_packed(values, metadata, torch.zeros(7))
-    with pytest.raises(TypeError, match="from_packed: expected a bias of torch.float32 as the values, got torch.float16"):
+    with pytest.raises(TypeError, match=r"from_packed: expected a bias of torch\.float32 as the values, got torch\.float16"):
         SparseLinear.from_packed(values, metadata, torch.zeros(6).half())
     with pytest.raises(ShapeError, match="SparseLinear: expected the last dimension divisible by 4"):
         SparseLinear(6, 4)
@@ -272,7 +274,7 @@ MOVES: list[tuple[str, Callable[[nn.Module], nn.Module], torch.dtype]] = [
     ("float", lambda m: m.half().float(), torch.float32),
     ("type", lambda m: m.type(torch.float16), torch.float16),
     ("cpu", lambda m: m.cpu(), torch.float32),
-    ("deepcopy", lambda m: copy.deepcopy(m), torch.float32),
+    ("deepcopy", copy.deepcopy, torch.float32),
     ("share", lambda m: m.share_memory(), torch.float32),
 ]
 
@@ -328,7 +330,7 @@ def test_on_meta_and_back() -> None:
 @pytest.mark.filterwarnings("ignore:Complex modules")
 def test_a_dtype_it_cannot_have_changes_nothing() -> None:
     layer, dense = pair(12, 8)
-    for change in (lambda: layer.double(), lambda: layer.to(torch.complex64), lambda: layer.type(torch.int8)):
+    for change in (layer.double, lambda: layer.to(torch.complex64), lambda: layer.type(torch.int8)):
         with pytest.raises(TypeError, match="SparseLinear: expected float32, float16 or bfloat16 weights"):
             change()
         assert torch.equal(layer(torch.ones(2, 8)), dense(torch.ones(2, 8)))
@@ -478,6 +480,28 @@ def test_captured_in_a_graph(tokens: int) -> None:
             x.normal_()
             graph.replay()
             assert close(y, layer, x)
+
+
+@pytest.mark.gpu
+def test_the_library_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the algorithm that an eager call of as many tokens has found."""
+    layer, _ = pair(1024, 512, dtype=torch.bfloat16, device="cuda")
+    if layer.layout.order == "linear":
+        pytest.skip(find_library(layer.packed.device).reason)
+    used = []
+    monkeypatch.setattr(multiply, "multiply", lambda *a: used.append(torch.cuda.is_current_stream_capturing()) or library_product(*a))
+    monkeypatch.setattr(multiply, "choose", lambda *a, **o: Point(4096, "library"))
+    x = torch.randn(1000, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.normal_()
+        graph.replay()
+    assert used == [False, True]
+    assert close(y, layer, x)
 
 
 @pytest.mark.gpu
