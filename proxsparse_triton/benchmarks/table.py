@@ -117,6 +117,20 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "predicted_ms": ("predicted ms", lambda value: f"{value:,.1f}"),
     "minutes_400_steps": ("400 steps, min", lambda value: f"{value:.2f}"),
     "to_plain": ("time / plain", lambda value: f"{value:.3f}"),
+    "speed_up": ("speed-up", lambda value: f"{value:.3f}x"),
+    "dense_us": ("dense us", lambda value: f"{value:,.1f}"),
+    "decode_until": ("decode, up to tokens", lambda value: f"{value:,}"),
+    "library_from": ("library, from tokens", lambda value: f"{value:,}"),
+    "lowest": ("lowest SparseLinear", lambda value: f"{value:.3f}x"),
+    "lowest_at": ("at tokens", lambda value: f"{value:,}"),
+    "weight_gb": ("model GB", lambda value: f"{value:.2f}"),
+    "layers_gb": ("layers GB", lambda value: f"{value:.2f}"),
+    "layers_ratio": ("of dense", lambda value: f"{value:.4f}"),
+    "logits_error": ("logits differ", lambda value: f"{value:.2%}"),
+    "ttft_ms": ("first token ms", lambda value: f"{value:,.2f}"),
+    "ttft_graph_ms": ("in a graph", lambda value: f"{value:,.2f}"),
+    "ttft_speed_up": ("first token speed-up", lambda value: f"{value:.3f}x"),
+    "ms_per_step": ("ms/step", lambda value: f"{value:,.3f}"),
 }
 # In the CSV only, and in the note below the table.
 HIDDEN = ("bench", "samples", "gpu", "cusparselt", "python", "torch", "triton", "transformers", "safetensors", "commit", "date")

@@ -13,7 +13,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_featu
 def _points(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, mode: str) -> tuple[Point, ...]:
     library = find_library(device)
     taken = takes(library, dtype, out_features, in_features)
-    measured = measured_table(device).get(Key(dtype_name(dtype), out_features, in_features, mode))
+    key = Key(dtype_name(dtype), out_features, in_features, mode)
+    measured = _TEMPORARY.get(key) or measured_table(device).get(key)
     points = measured or default_points(library.name if taken else None, mode)
     decode = can_decode(device) and kernel.takes(out_features, in_features, dtype, library.order if taken else "linear")
     return possible(points, decode=decode, library=taken)
@@ -222,6 +224,23 @@ def save_table(entries: Iterable[Entry], device_name: str) -> Path:
         ) from error
     _forget()
     return path
+
+
+_TEMPORARY: dict[Key, tuple[Point, ...]] = {}
+
+
+@contextmanager
+def temporary_table(entries: Iterable[Entry]) -> Iterator[None]:
+    """Inside the block `entries` come before what was saved. Nothing is written."""
+    before = dict(_TEMPORARY)
+    _TEMPORARY.update({entry.key: entry.points for entry in entries})
+    _points.cache_clear()
+    try:
+        yield
+    finally:
+        _TEMPORARY.clear()
+        _TEMPORARY.update(before)
+        _points.cache_clear()
 
 
 def _forget() -> None:

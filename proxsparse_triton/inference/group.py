@@ -7,7 +7,7 @@ rows of all, the others take theirs from that result. It hangs on the input tens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,9 @@ SIBLINGS = (
 Stamp = tuple[int, int, int, bool] | None
 
 
-class _Result(NamedTuple):
-    """y of all members for one input, as it was at `stamp`. taken: one bit a member."""
-
-    group: SparseGroup
-    stamp: Stamp
-    y: Tensor
-    taken: int
+# (group, stamp, y of all members for one input as it was at `stamp`, names of the members that have theirs). A plain tuple, and names
+# instead of numbers: torch.compile has to write it to an input, and may make variables of numbers.
+_Result = tuple["SparseGroup", Stamp, Tensor, tuple[str, ...]]
 
 
 class SparseGroup(SparseLinear):
@@ -57,18 +53,17 @@ class SparseGroup(SparseLinear):
 
     def members(self) -> list[GroupMember]:
         """The modules to put in the layers' places."""
-        return [GroupMember(self, index, sum(self.counts[:index]), count) for index, count in enumerate(self.counts)]
+        return [GroupMember(self, f"member {i}", sum(self.counts[:i]), count) for i, count in enumerate(self.counts)]
 
-    def member_rows(self, x: Tensor, index: int, first: int, count: int) -> Tensor:
+    def member_rows(self, x: Tensor, member: str, first: int, count: int) -> Tensor:
         """y [..., count] of one member."""
         if not self._shares(x):
             return self.rows(x, first, count, None if self.bias is None else self.bias[first : first + count])
-        result = self._result(x, index)
-        taken = result.taken | 1 << index
-        done = taken == (1 << len(self.counts)) - 1
-        setattr(x, self.slot, None if done else result._replace(taken=taken))
+        _, stamp, y, taken = self._result(x, member)
+        taken = (*taken, member)
+        setattr(x, self.slot, None if len(taken) == len(self.counts) else (self, stamp, y, taken))
         # An nn.Linear's output is contiguous, and models count on it. Of a single token the slice is already.
-        return result.y[..., first : first + count].contiguous()
+        return y[..., first : first + count].contiguous()
 
     def _shares(self, x: Tensor) -> bool:
         """Whether one result may serve all members: nobody differentiates it, and a change of x would be seen."""
@@ -78,7 +73,7 @@ class SparseGroup(SparseLinear):
             return False
         return torch.compiler.is_dynamo_compiling() or not (torch.compiler.is_compiling() or x.is_inference())
 
-    def _result(self, x: Tensor, index: int) -> _Result:
+    def _result(self, x: Tensor, member: str) -> _Result:
         """The result that x carries, if it is this group's, still right and new to this member; else a new one.
 
         A member gets its rows once: they are its own, and it may have written to them.
@@ -94,8 +89,8 @@ class SparseGroup(SparseLinear):
         else:
             stamp = self._stamp(x)
             result = getattr(x, slot, None)
-        if result is None or result.group is not self or result.stamp != stamp or result.taken >> index & 1:
-            result = _Result(self, stamp, self.rows(x, 0, self.out_features, self.bias), 0)
+        if result is None or result[0] is not self or result[1] != stamp or member in result[3]:
+            result = (self, stamp, self.rows(x, 0, self.out_features, self.bias), ())
             if torch.compiler.is_dynamo_compiling():
                 note(x, slot)
         return result
@@ -123,10 +118,10 @@ class GroupMember(nn.Module):
 
     group: SparseGroup
 
-    def __init__(self, group: SparseGroup, index: int, first: int, count: int) -> None:
+    def __init__(self, group: SparseGroup, name: str, first: int, count: int) -> None:
         super().__init__()
         self.__dict__["group"] = group  # no child: it belongs to all members
-        self.index, self.first, self.out_features = index, first, count
+        self.name, self.first, self.out_features = name, first, count
 
     @property
     def in_features(self) -> int:
@@ -144,7 +139,7 @@ class GroupMember(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `SparseLinear.forward`."""
-        return self.group.member_rows(x, self.index, self.first, self.out_features)
+        return self.group.member_rows(x, self.name, self.first, self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, rows of {self.group.slot}"

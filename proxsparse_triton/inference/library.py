@@ -131,6 +131,7 @@ def multiply(name: str, blob: Tensor, values: Tensor, metadata: Tensor, x: Tenso
     """
     padded = _padded(x)
     if name == CUSPARSELT:
+        blob = blob.view(values.shape[0], -1)  # which some versions of torch insist on
         alg_id, split_k, split_k_mode = algorithm
         y = torch._cslt_sparse_mm(
             blob, padded.t(), bias=bias, transpose_result=True, alg_id=alg_id, split_k=split_k, split_k_mode=split_k_mode
@@ -167,6 +168,11 @@ def found_algorithm(blob: Tensor, x: Tensor, out_features: int, *, captured: boo
 
 
 def search_algorithm(blob: Tensor, x: Tensor) -> Algorithm:
-    """The fastest algorithm of cuSPARSELt for the packed weight `blob` and x [tokens, in]. Waits for the device, many times."""
-    alg_id, split_k, split_k_mode, _ = torch._C._cusparselt.mm_search(blob, _padded(x).t(), None, None, None, True)  # type: ignore[attr-defined]
+    """The fastest algorithm of cuSPARSELt for the packed weight `blob` and x [tokens, in]. Waits for the device, many times.
+
+    In bf16 also for fp16, whose search takes an illegal instruction and the process with it (0.8.0, H200); the product has the same kernels.
+    """
+    rows = blob.view(torch.bfloat16).view(-1, x.shape[1] // 16 * 9)  # values and metadata take 9/16 of a row
+    columns = _padded(x).view(torch.bfloat16).t()
+    alg_id, split_k, split_k_mode, _ = torch._C._cusparselt.mm_search(rows, columns, None, None, None, True)  # type: ignore[attr-defined]
     return alg_id, split_k, split_k_mode

@@ -125,12 +125,12 @@ def test_the_call_of_cusparselt(monkeypatch: pytest.MonkeyPatch) -> None:
     x, bias = torch.randn(3, 32).half(), torch.randn(64).half()
 
     def product(blob, dense, *, bias, transpose_result, alg_id, split_k, split_k_mode):  # type: ignore[no-untyped-def]
-        assert dense.shape == (32, 8)
+        assert (blob.shape, dense.shape) == ((64, 18), (32, 8))
         assert (transpose_result, alg_id, split_k, split_k_mode) == (True, 5, 2, 1)
         return torch.arange(8 * 64).view(8, 64).half()
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
-    y = library.multiply("cusparselt", torch.empty(0), torch.empty(0), torch.empty(0), x, bias, (5, 2, 1))
+    y = library.multiply("cusparselt", torch.empty(64 * 18).half(), torch.empty(64, 16).half(), torch.empty(0), x, bias, (5, 2, 1))
     assert torch.equal(y, torch.arange(3 * 64).view(3, 64).half())
     assert y.is_contiguous()
 
