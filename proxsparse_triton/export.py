@@ -126,6 +126,7 @@ def load_packed(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     verify_hashes: bool = True,
+    fuse: bool = True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a packed folder, in eval mode, its pruned layers as `SparseLinear`. Its `save_pretrained` refuses.
@@ -135,11 +136,13 @@ def load_packed(
         device: None: the GPU if there is one.
         dtype: of weights and activations; None: as most weights are stored.
         verify_hashes: read every file once more first, to compare it with its hash in manifest.json.
+        fuse: as in `sparsify_model`.
         trust_remote_code: run Python files that lie beside the weights.
     Raises: ModelError: not a packed folder, files absent or changed, packed layers that the model in config.json does not have (all
         before a model is built), or other tensors than it has. ConfigError, BackendError, ResourceError: as for the model's loading
         elsewhere.
     """
+    from .inference.convert import fuse_siblings, refuse_to_save
     from .inference.linear import SparseLinear
 
     place = checked_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -169,7 +172,9 @@ def load_packed(
 
     model = load_whole(source, place, load)
     model.name_or_path = model.config.name_or_path = str(path)
-    model.save_pretrained = _refuse_to_save
+    model.save_pretrained = refuse_to_save
+    if fuse:
+        fuse_siblings(model, list(names.values()))
     return model
 
 
@@ -231,10 +236,3 @@ def _generation_config(folder: Path) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-
-
-def _refuse_to_save(*arguments: Any, **options: Any) -> None:
-    raise ModelError(
-        "save_pretrained: expected a dense model, got a packed one, whose layers transformers would fill at random on loading. "
-        "Copy the packed folder, or write another with `pst export`."
-    )

@@ -34,6 +34,7 @@ ARROWS = {
     ("comparison", "pipeline"),
     ("planning", "pipeline"),
     ("benchmarks", "planning"),
+    ("benchmarks", "export"),
     ("cli", "commands"),
 }
 # Imported inside functions only: they cost seconds, or are not installed everywhere.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,10 @@ class TestPacked:
         model = assert_loads_as(packed, run)
         assert model.config.use_cache
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        assert type(model.get_submodule(LAYER)).__name__ == "SparseLinear"
-        assert sum(type(module).__name__ == "SparseLinear" for module in model.modules()) == 28
+        kinds = Counter(type(module).__name__ for module in model.modules())
+        assert (kinds["SparseLinear"], kinds["SparseGroup"], kinds["GroupMember"]) == (8, 8, 20)  # of 7 x 4 layers, 5 in groups
+        apart = Counter(type(module).__name__ for module in load_packed(packed, fuse=False).modules())
+        assert (apart["SparseLinear"], apart["SparseGroup"]) == (28, 0)
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         assert model.config.name_or_path == str(packed)
         assert proxsparse_triton.load_packed is load_packed
@@ -373,6 +376,6 @@ class TestLoadRefuses:
             load_packed(packed, device="tpu?")
 
     def test_saving_what_nobody_could_load(self, packed: Path, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="expected a dense model, got a packed one"):
+        with pytest.raises(ModelError, match="expected a dense model, got one with packed layers"):
             load_packed(packed, device="cpu").save_pretrained(tmp_path / "saved")
         assert not list(tmp_path.iterdir())

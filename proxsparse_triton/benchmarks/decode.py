@@ -136,7 +136,7 @@ def _loaded(folder: Path, device: torch.device) -> nn.Module:
         if all(int(kept_per_block(weight).max()) > KEPT for weight in _pruned_weights(dense).values()):
             raise ModelError(f"bench decode: expected a 2:4 model, got {folder}, none of whose layers is. Prune it with `pst prune`.")
         return dense
-    model: nn.Module = load_packed(folder, device=device, dtype=DTYPE)
+    model: nn.Module = load_packed(folder, device=device, dtype=DTYPE, fuse=False)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SparseLinear):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=DTYPE)

@@ -28,6 +28,7 @@ from .timer import Clock, Machine, Rival, Roof, Timing, measure
 DTYPE = torch.bfloat16
 DENSE, DECODE, LIBRARY, DEFAULT, UNPACKED, OURS = "dense", "decode", "library", "library, default algorithm", "unpacked", "SparseLinear"
 DECODE_MOST = 512  # tokens: the kernel reads the weight again for every tile of them
+MOST_COPIES = 64  # small weights would need thousands to exceed the L2 cache, and each is a launch
 UNPACKED_LEAST = 64  # tokens: unpacking alone takes longer than the dense product of fewer
 
 CHECKED_TOKENS = 256
@@ -55,7 +56,7 @@ class Layer:
         mask = mask_24(w.abs())
         w.masked_fill_(~mask, 0)  # +0.0, which a product with the mask would not give
         values, metadata = pack_24(w, mask)
-        copies = range(place.copies(traffic(shape, tokens)))
+        copies = range(min(place.copies(traffic(shape, tokens)), MOST_COPIES))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the library refuses the shape: its row says so
             return cls([w.clone() for _ in copies], [SparseLinear.from_packed(values, metadata) for _ in copies])

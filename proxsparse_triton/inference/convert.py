@@ -88,7 +88,7 @@ def sparsify_model(
     if fuse:
         fuse_siblings(model, done)
     if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = _refuse_to_save
+        model.__dict__["save_pretrained"] = refuse_to_save
     return model
 
 
@@ -168,7 +168,8 @@ def _signature(layer: SparseLinear) -> tuple[object, ...]:
     return layer.in_features, layer.layout.dtype, layer.packed.device, layer.bias is None
 
 
-def _refuse_to_save(*arguments: Any, **options: Any) -> None:
+def refuse_to_save(*arguments: Any, **options: Any) -> None:
+    """What stands for the `save_pretrained` of a model with packed layers."""
     raise ModelError(
         "save_pretrained: expected a dense model, got one with packed layers, which transformers would load at random. "
         "Write it with `pst export --format packed`, or keep its state_dict()."

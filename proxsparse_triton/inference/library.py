@@ -170,7 +170,7 @@ def found_algorithm(blob: Tensor, x: Tensor, out_features: int, *, captured: boo
 def search_algorithm(blob: Tensor, x: Tensor) -> Algorithm:
     """The fastest algorithm of cuSPARSELt for the packed weight `blob` and x [tokens, in]. Waits for the device, many times.
 
-    In bf16 also for fp16, whose search takes an illegal instruction and the process with it (0.8.0, H200); the product has the same kernels.
+    In bf16 for fp16 too, whose own search takes an illegal instruction, and the process with it (0.8.0, H200). What it finds serves both.
     """
     rows = blob.view(torch.bfloat16).view(-1, x.shape[1] // 16 * 9)  # values and metadata take 9/16 of a row
     columns = _padded(x).view(torch.bfloat16).t()

@@ -82,29 +82,48 @@ class Decode:
         return max(self.stages * stage, warps * self.tiles * self.token_tiles * 512)
 
 
-# At most this many tokens -> (out_features from which on, launch), the widest layers first. Measured on an H200 in bf16 at 11008 x 4096,
-# 4096 x 11008, 14336 x 4096, 28672 x 8192 and 4096 x 4096, 1 to 64 tokens, 2026-11-26: the best of some eighty a shape and token count.
-# What decides: bytes in flight (some 32 KB a multiprocessor), so few rows need many column warps; and how often x passes from L2 to the
-# multiprocessors, once for each program's rows, so more tokens want more rows.
-DECODE = {
+# Measured on an H200 in bf16 at 11008 x 4096, 4096 x 11008, 14336 x 4096, 28672 x 8192 and 4096 x 4096, from 32 tokens on also at 12288 x
+# 4096 and 22016 x 4096, 2026-11-26: the best of 25 to 100 launches for each shape and count. What decides: bytes in flight (some 32 KB a
+# multiprocessor), so few rows want many column warps; how often x passes from L2 to the multiprocessors, once for the rows of each program,
+# so many tokens want many rows; and from 64 tokens on, when a program fills a multiprocessor, that all of those are busy.
+# At most this many tokens -> (out_features from which on, launch), the most rows first.
+BY_ROWS = {
     2: ((8192, Decode(2, 4, 1, 2, 2, 1, 2)), (0, Decode(1, 4, 1, 2, 4, 1, 2))),
     8: ((20480, Decode(4, 2, 2, 1, 3, 1, 8)), (8192, Decode(2, 4, 1, 1, 3, 1, 8)), (0, Decode(1, 4, 1, 1, 5, 1, 8))),
     16: ((20480, Decode(4, 2, 2, 1, 3, 2, 16)), (8192, Decode(2, 2, 4, 2, 3, 2, 16)), (0, Decode(2, 4, 1, 1, 5, 2, 16))),
     32: ((20480, Decode(4, 2, 4, 1, 3, 4, 32)), (8192, Decode(2, 2, 4, 2, 3, 4, 32)), (0, Decode(2, 4, 2, 1, 3, 4, 32))),
-    64: ((20480, Decode(4, 2, 4, 1, 3, 8, 64)), (8192, Decode(2, 2, 4, 1, 4, 8, 64)), (0, Decode(2, 4, 2, 1, 3, 4, 32))),
 }
+# At most this many tokens -> launches, the fewest bytes from L2 first: the first is taken whose programs fill the card as well as any's.
+BY_BALANCE = {
+    64: (Decode(4, 2, 4, 1, 3, 8, 64), Decode(3, 2, 4, 1, 3, 8, 64), Decode(6, 2, 2, 1, 4, 4, 32), Decode(2, 2, 4, 1, 3, 8, 64),
+         Decode(3, 4, 2, 1, 3, 4, 32), Decode(2, 4, 2, 1, 3, 4, 32)),
+    96: (Decode(3, 2, 4, 1, 3, 12, 96), Decode(4, 2, 4, 1, 4, 6, 48), Decode(3, 2, 4, 1, 3, 6, 48), Decode(3, 2, 2, 1, 4, 4, 32)),
+    128: (Decode(4, 2, 4, 1, 3, 8, 64), Decode(3, 2, 4, 1, 3, 8, 64), Decode(4, 4, 2, 1, 2, 8, 64), Decode(4, 4, 2, 1, 3, 4, 32)),
+}  # fmt: skip
+AS_WELL = 0.85
 INTERPRETED_DECODE = {8: Decode(2, 2, 1, 1, 2, 1, 8), 64: Decode(2, 2, 2, 2, 2, 2, 16)}
 
 
-def decode(tokens: int, rows: int, shared: int | None) -> Decode:
-    """The launch for so many tokens and out_features on a device with `shared` bytes of shared memory a program; None: interpreted."""
-    if shared is None:
-        return INTERPRETED_DECODE[8 if tokens <= 8 else 64]
-    choices = DECODE[min((most for most in DECODE if most >= tokens), default=max(DECODE))]
-    chosen = next(launch for least, launch in choices if rows >= least)
-    while chosen.bytes > shared:  # smaller cards than those with 227 KB
-        if chosen.stages > 2:
-            chosen = replace(chosen, stages=chosen.stages - 1)
-        else:
-            chosen = replace(chosen, column_warps=chosen.column_warps // 2, row_warps=max(1, chosen.row_warps // 2))
-    return chosen
+def decode(tokens: int, rows: int, multiprocessors: int, shared: int) -> Decode:
+    """The launch for so many tokens and out_features on a card with `shared` bytes of shared memory a program."""
+    if tokens <= max(BY_ROWS):
+        choices = BY_ROWS[min(most for most in BY_ROWS if most >= tokens)]
+        return _fitted(next(launch for least, launch in choices if rows >= least), shared)
+    launches = BY_BALANCE[min((most for most in BY_BALANCE if most >= tokens), default=max(BY_BALANCE))]
+    programs = [triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, 8 * launch.token_tiles) for launch in launches]
+    busy = [count / (multiprocessors * triton.cdiv(count, multiprocessors)) for count in programs]
+    chosen = next(index for index, share in enumerate(busy) if share >= AS_WELL * max(busy))
+    launch = launches[chosen]
+    if tokens > max(BY_ROWS) * 2 and programs[chosen] > multiprocessors:  # smaller programs, of which several fit
+        launch = replace(launch, column_warps=1)
+    return _fitted(launch, shared)
+
+
+def _fitted(launch: Decode, shared: int) -> Decode:
+    """The launch with less in flight, where cards have less than the 227 KB of those it was measured on."""
+    while launch.bytes > shared and launch.stages > 2:
+        launch = replace(launch, stages=launch.stages - 1)
+    while launch.bytes > shared:
+        halved = max(1, launch.column_warps // 2)
+        launch = replace(launch, column_warps=halved, row_warps=launch.row_warps if halved < launch.column_warps else launch.row_warps // 2)
+    return launch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,26 +14,33 @@ from ..reference.metadata import ORDERS, row_words
 from ..sparsity import BLOCK, KEPT, check_width
 from .dispatch import check_floating, check_like, choose_backend
 
+if TYPE_CHECKING:
+    from ..kernels.launch import Decode
+
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # What out_features and in_features must divide by: the sparse tensor cores take 16 rows, copies 16 bytes, and each order has its tiles.
 DIVISORS = {"linear": (16, 16), "hopper": (64, 32), "ampere": (64, 32)}
 
 
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
+def _launch(device: torch.device, tokens: int, rows: int) -> Decode:
+    from ..kernels import launch
+
+    if device.type != "cuda":
+        return launch.INTERPRETED_DECODE[8 if tokens <= 8 else 64]
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return launch.decode(tokens, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _compute(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, order: str, backend: str) -> Tensor:
     if backend == "reference":
         return reference.sparse_linear_24(x, values, metadata, bias, order)
-    from ..kernels import launch, sparse_linear
+    from ..kernels import sparse_linear
 
     tokens, rows = x.shape[0], values.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    chosen = launch.decode(tokens, rows, _shared_bytes(x.device) if x.is_cuda else None)
-    sparse_linear.sparse_linear(_aligned(x), _aligned(values), metadata.contiguous(), bias, y, order, chosen)
+    launch = _launch(x.device, tokens, rows)
+    sparse_linear.sparse_linear(_aligned(x), _aligned(values), metadata.contiguous(), bias, y, order, launch)
     return y
 
 

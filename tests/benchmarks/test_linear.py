@@ -131,6 +131,7 @@ def test_bytes() -> None:
 def test_a_layer_is_the_same_dense_and_packed() -> None:
     layer = Layer.random(SHAPE, Machine(CPU, HostClock(), 1, 100_000), 1)
     assert len(layer.dense) == len(layer.packed) == -(-100_000 // traffic(SHAPE, 1))
+    assert len(Layer.random(SHAPE, Machine(CPU, HostClock(), 1, 10**10), 1).dense) == ways.MOST_COPIES
     assert len({w.data_ptr() for w in layer.dense} | {one.packed.data_ptr() for one in layer.packed}) == 2 * len(layer.dense)
     for w, one in zip(layer.dense, layer.packed, strict=True):
         assert torch.equal(w, one.weight)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from proxsparse_triton.benchmarks import learn, prox, step
+from proxsparse_triton.benchmarks import learn, linear, plot, prox, step
 from proxsparse_triton.cli import main
-from proxsparse_triton.commands.bench import BENCHES
+from proxsparse_triton.commands.bench import BENCHES, QUICK, SUMMARIES, TITLES
 
 SMALL = ["--shape", "16x64", "--lambda", "0.1", "--rounds", "1"]
 
@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "SHAPES", ((16, 256),))
     monkeypatch.setattr(step, "CHECKED_ROWS", 16)
     monkeypatch.setattr(learn, "matmul_rate", lambda place: 1e12)
+    monkeypatch.setattr(linear, "CPU_TOKENS", (1, 64))
 
 
 def run(*arguments: object) -> Result:
@@ -50,7 +51,11 @@ def failed(*arguments: object) -> str:
 def test_every_bench_has_its_settings() -> None:
     for name, settings in BENCHES.items():
         module = importlib.import_module(f"proxsparse_triton.benchmarks.{name}")
-        assert hasattr(getattr(module, settings), "run")
+        kind = getattr(module, settings)
+        assert hasattr(kind, "run")
+        kind(**QUICK[name])
+        assert hasattr(module, "summarise") == (name in SUMMARIES)
+    assert set(TITLES) == set(BENCHES) >= set(plot.PLOTTED)
 
 
 def test_table_and_what_cannot_be_measured() -> None:
@@ -75,13 +80,14 @@ def test_all_by_default_as_json_and_csv(tmp_path: Path) -> None:
     result = run(*SMALL, *options)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert [row["bench"] for row in report["rows"]] == ["prox"] * 2 + ["step"] * 12 + ["learn"]
+    assert [row["bench"] for row in report["rows"]] == ["prox"] * 2 + ["step"] * 12 + ["learn"] + ["linear"] * 9 + ["decode"] * 4
+    assert [row["shape"] for row in report["summaries"]["linear"]] == ["16x64"]
     assert report["environment"]["commit"] == "abc1234"
     for row in report["rows"]:
         assert {key: row[key] for key in report["environment"]} == report["environment"]
     with path.open(newline="") as file:
         written = list(csv.DictReader(file))
-    assert [(row["bench"], row["what"]) for row in written] == [(row["bench"], row["what"]) for row in report["rows"]]
+    assert [(row["bench"], row["what"]) for row in written] == [(row["bench"], row.get("what", "")) for row in report["rows"]]
     assert {row["commit"] for row in written} == {"abc1234"}
     assert {row["torch"] for row in written} == {report["environment"]["torch"]}
 
@@ -111,6 +117,42 @@ def test_quick_is_small() -> None:
     assert {row["samples"] for row in rows} == {3}
 
 
+def test_linear_has_a_second_table() -> None:
+    result = run("linear", "--shape", "16x64", "--tokens", 1, "--tokens", 5, "--rounds", 2, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {row["tokens"] for row in report["rows"]} == {1, 5}
+    assert {row["samples"] for row in report["rows"] if "samples" in row} == {2}
+    (summary,) = report["summaries"]["linear"]
+    assert (summary["shape"], summary["mode"], summary["library_from"]) == ("16x64", "eager", None)
+    assert "Library: none: not a CUDA GPU" in result.stderr
+    text = run("linear", "--quick").stdout
+    assert "Linear layers on 2:4 weights against dense ones, bf16" in text
+    assert "none: not a CUDA GPU" in text
+    assert text.index("Where they break even with dense") > text.index("GPU none (")
+
+
+def test_options_of_decode() -> None:
+    options = ["--model", "tiny", "--batch", 1, "--batch", 3, "--prompt", 5, "--new-tokens", 4, "--no-compile", "--rounds", 1]
+    result = run("decode", *options, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["variant"], row["batch"], row["prompt"], row["new_tokens"], row["samples"]) for row in rows] == [
+        (variant, batch, 5, 4, 1) for variant in ("dense", "sparse") for batch in (1, 3)
+    ]
+    assert "summaries" not in json.loads(result.stdout)
+
+
+def test_a_plot_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    monkeypatch.setattr(plot, "plot", lambda rows, path: drawn.append((len(rows), path)))
+    path = tmp_path / "linear.png"
+    result = run("linear", "--shape", "16x64", "--tokens", 1, "--rounds", 1, "--plot", path)
+    assert result.exit_code == 0, result.output
+    assert drawn == [(4, path)]
+
+
 def test_options_of_learn() -> None:
     options = ["--model", "tiny", "--steps", 2, "--tokens", 32, "--lambda2", 0, "--weight-bits", 16, "--moments", "int8", "--checkpointing"]
     result = run("learn", *options, "--json")
@@ -133,6 +175,18 @@ def test_options_of_learn() -> None:
         (["step", "--shape", "8x6"], "bench step: expected --shape OUTxIN with IN divisible by 4, got 8x6."),
         (["learn", "--model", "gpt"], "got 'gpt'"),
         (["learn", "--steps", "0"], "bench learn: expected --steps of at least 2, got 0."),
+        (["learn", "--tokens", "8", "--tokens", "9"], "bench learn: expected --tokens once, got 8, 9. Choose one."),
+        (["learn", "--save"], "bench learn: expected its own options, got --save."),
+        (["linear", "--tokens", "0"], "bench linear: expected --tokens of at least 1, got 0. Choose another value."),
+        (["linear", "--shape", "8x6"], "bench linear: expected --shape OUTxIN with IN divisible by 4, got 8x6. Choose another."),
+        (["linear", "--model", "gpt"], "bench linear: expected --model of llama-2-7b,"),
+        (["linear", "--save", "--quick"], "bench linear: expected a CUDA GPU for --save, got none."),
+        (["linear", "--batch", "1"], "bench linear: expected its own options, got --batch."),
+        (["decode", "--batch", "0"], "bench decode: expected --batch of at least 1, got 0."),
+        (["decode", "--model", "no/such/folder"], "tiny, or a folder, got 'no/such/folder'. Choose one of these."),
+        (["decode", "--shape", "8x8"], "bench decode: expected its own options, got --shape."),
+        (["prox", "--plot", "a.png"], "bench prox: expected --plot with linear or decode only. Leave it out."),
+        (["decode", "--plot", "a.txt"], "bench: expected --plot with a name in .png, .svg, .pdf, got a.txt. Choose another name."),
         (["--rounds", "0"], "bench: expected --rounds of at least 1, got 0."),
     ],
 )
