@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -131,11 +132,7 @@ def multiply(name: str, blob: Tensor, values: Tensor, metadata: Tensor, x: Tenso
     """
     padded = _padded(x)
     if name == CUSPARSELT:
-        blob = blob.view(values.shape[0], -1)  # which some versions of torch insist on
-        alg_id, split_k, split_k_mode = algorithm
-        y = torch._cslt_sparse_mm(
-            blob, padded.t(), bias=bias, transpose_result=True, alg_id=alg_id, split_k=split_k, split_k_mode=split_k_mode
-        )
+        y = _cusparselt(blob.view(values.shape[0], -1), padded.t(), bias, algorithm)  # some versions of torch insist on rows
     else:
         words = metadata.view(values.shape[0], -1)
         columns = padded.t()
@@ -170,9 +167,46 @@ def found_algorithm(blob: Tensor, x: Tensor, out_features: int, *, captured: boo
 def search_algorithm(blob: Tensor, x: Tensor) -> Algorithm:
     """The fastest algorithm of cuSPARSELt for the packed weight `blob` and x [tokens, in]. Waits for the device, many times.
 
+    Its search looks once at each and is often wrong: what several searches find, and found for other counts, runs off in CUDA graphs.
     In bf16 for fp16 too, whose own search takes an illegal instruction, and the process with it (0.8.0, H200). What it finds serves both.
     """
     rows = blob.view(torch.bfloat16).view(-1, x.shape[1] // 16 * 9)  # values and metadata take 9/16 of a row
     columns = _padded(x).view(torch.bfloat16).t()
-    alg_id, split_k, split_k_mode, _ = torch._C._cusparselt.mm_search(rows, columns, None, None, None, True)  # type: ignore[attr-defined]
-    return alg_id, split_k, split_k_mode
+    candidates = _CANDIDATES.setdefault(rows.shape, set())
+    for _ in range(SEARCHES):
+        candidates.add(torch._C._cusparselt.mm_search(rows, columns, None, None, None, True)[:3])  # type: ignore[attr-defined]
+
+    def product(algorithm: Algorithm) -> Tensor:
+        return _cusparselt(rows, columns, None, algorithm)
+
+    return min(sorted(candidates), key=lambda algorithm: _seconds(lambda: product(algorithm)))
+
+
+SEARCHES, REPLAYS = 3, 5
+_CANDIDATES: dict[torch.Size, set[Algorithm]] = {}
+
+
+def _cusparselt(rows: Tensor, columns: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
+    alg_id, split_k, split_k_mode = algorithm
+    y: Tensor = torch._cslt_sparse_mm(
+        rows, columns, bias=bias, transpose_result=True, alg_id=alg_id, split_k=split_k, split_k_mode=split_k_mode
+    )
+    return y
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shortest replay of `work` in a CUDA graph: in eager code the host takes longer than the device."""
+    graph = torch.cuda.CUDAGraph()
+    work()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1e3)
+    return min(times)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.sparse_linear import sparse_linear_24, takes
+from ..ops.sparse_linear import multiply as decode
+from ..ops.sparse_linear import takes
 from .blob import Layout
 from .choice import choose
 from .library import CUSPARSELT, Algorithm, find_library, found_algorithm, multiply
@@ -82,7 +83,7 @@ def _compute(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first
     if point.backend == "decode":
         values, metadata, order = layout.parts(blob, first, rows)
         if takes(rows, layout.in_features, layout.dtype, order):
-            y = sparse_linear_24(flat, values, metadata, bias, order=order)
+            y = decode(flat, values, metadata, bias, order)
     elif point.backend == "library" and rows == layout.out_features:
         y = _by_library(flat, blob, bias, layout, point.algorithm, captured)
     if y is None:

@@ -1,5 +1,7 @@
 """y = x @ w.T + bias for few tokens, w in its packed 2:4 form: 9/16 of the bytes, read once, at the roof of memory."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -342,34 +344,41 @@ def sparse_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | No
     rows = y.shape[1]
     if y.numel() == 0:
         return
-    grid = (triton.cdiv(rows, launch.rows), triton.cdiv(tokens, launch.token_tiles * 8))
+    grid = (triton.cdiv(rows, launch.rows), triton.cdiv(tokens, launch.token_tiles * 8), 1)
     arguments = (x, values, metadata, values if bias is None else bias, y, tokens, rows, width)
-    settings = {
-        "HAS_BIAS": bias is not None, "ORDER": ORDERS[order], "TILES": launch.tiles, "COLUMN_WARPS": launch.column_warps,
+    if not x.is_cuda:
+        _sparse_linear_kernel[grid](*arguments, **_settings(launch, order, bias is not None), RESERVED=0)
+        return
+    key = (x.device, x.dtype, rows, width, bias is None, order, launch)
+    with torch.cuda.device_of(x):
+        if key not in _compiled:
+            _compiled[key] = _compile(arguments, _settings(launch, order, bias is not None), launch)
+        kernel, constants = _compiled[key]
+        kernel[grid](*arguments, *constants)
+
+
+# (device, dtype, shape, settings) -> the compiled kernel and its constants. Triton's own look-up takes longer than the kernel runs.
+_compiled: dict[object, tuple[Any, tuple[object, ...]]] = {}
+
+
+def _settings(launch: Decode, order: str, has_bias: bool) -> dict[str, object]:
+    """The constants of the kernel, in its order, and the warps of a program."""
+    return {
+        "HAS_BIAS": has_bias, "ORDER": ORDERS[order].value, "TILES": launch.tiles, "COLUMN_WARPS": launch.column_warps,
         "ROW_WARPS": launch.row_warps, "SEGMENTS": launch.segments, "STAGES": launch.stages, "TOKEN_TILES": launch.token_tiles,
         "TOKENS": launch.tokens, "num_warps": launch.column_warps * launch.row_warps,
     }  # fmt: skip
-    with torch.cuda.device_of(x):
-        settings["RESERVED"] = _reserved(x, arguments, settings, launch) if x.is_cuda else 0
-        _sparse_linear_kernel[grid](*arguments, **settings)
 
 
-_granted: dict[object, int] = {}  # (device, dtype, settings) -> stages of `reserve` that gave enough shared memory
-
-
-def _reserved(x: Tensor, arguments: tuple[object, ...], settings: dict[str, object], launch: Decode) -> int:
-    """How many stages of `reserve` make the compiler take the ring's bytes: depends on whether it keeps operands in registers."""
-    key = (x.device, x.dtype, *settings.values())
-    if key not in _granted:
-        least = triton.cdiv(launch.bytes, RESERVE_STEP.value)
-        for stages in range(least, least + 3):
-            compiled = _sparse_linear_kernel.warmup(*arguments, **settings, RESERVED=stages, grid=(1,))
-            if compiled.metadata.shared >= launch.bytes:
-                _granted[key] = stages
-                break
-        else:
-            raise BackendError(
-                f"sparse_linear_24: expected {launch.bytes} bytes of shared memory from Triton {triton.__version__}, got "
-                f"{compiled.metadata.shared}. Use backend='reference', and report this version."
-            )
-    return _granted[key]
+def _compile(arguments: tuple[object, ...], settings: dict[str, object], launch: Decode) -> tuple[Any, tuple[object, ...]]:
+    """The kernel with as many stages of `reserve` as give the ring its bytes: it depends on where the compiler keeps operands."""
+    least = triton.cdiv(launch.bytes, RESERVE_STEP.value)
+    for reserved in range(least, least + 3):
+        kernel = _sparse_linear_kernel.warmup(*arguments, **settings, RESERVED=reserved, grid=(1,))
+        if kernel.metadata.shared >= launch.bytes:
+            constants = [value for name, value in settings.items() if name != "num_warps"]
+            return kernel, (*constants, reserved)
+    raise BackendError(
+        f"sparse_linear_24: expected {launch.bytes} bytes of shared memory from Triton {triton.__version__}, got "
+        f"{kernel.metadata.shared}. Use backend='reference', and report this version."
+    )
