@@ -29,11 +29,13 @@ BACKENDS = ("decode", "library", "dense")
 MODES = ("graph", "eager")
 VERSION = 1
 
-# H200, bf16, 4096 x 4096 to 28672 x 8192, in CUDA graphs: the decode kernel is 1.3 to 1.8 times as fast as a dense weight at 1 to 16
-# tokens and even with it near 64. The library is even with a dense weight from 256 to 1024 tokens on, but the dense weight has to be
-# unpacked first: that writes and reads it once more, which the library does not have to wait for.
-DECODE_TOKENS = 64
-# cuSPARSELt builds a plan in each eager call: 0.5 to 0.77 ms of the host, the time of about 4096 tokens (H200). A graph replays without.
+# H200, bf16, 4096 x 4096 to 28672 x 8192, bench/results/nvidia-h200-linear.csv. In CUDA graphs the decode kernel is 1.5 to 2 times as fast
+# as a dense weight at 1 to 16 tokens, 1.0 to 1.6 times at 64, and faster than cuSPARSELt up to 128; from there the library is, which beats
+# a dense weight from 256 (large shapes) to 1024 tokens on. Unpacking first is the slowest below some thousand tokens.
+DECODE_TOKENS = 128
+# In eager code cuSPARSELt builds a plan in each call: 0.5 to 0.77 ms of the host, the time of about 4096 tokens. A graph replays without.
+# Without the library, the decode kernel is faster than unpacking up to 512 tokens at least.
+DECODE_MOST = 512
 EAGER_LIBRARY_TOKENS = 4096
 UNBOUNDED = 2**62
 
@@ -91,9 +93,9 @@ def pick(points: Sequence[Point], tokens: int) -> Point:
 def default_points(library: str | None, mode: str) -> tuple[Point, ...]:
     """The thresholds where nothing was measured."""
     if library is None:
-        return Point(DECODE_TOKENS, "decode"), Point(UNBOUNDED, "dense")
+        return Point(DECODE_MOST, "decode"), Point(UNBOUNDED, "dense")
     if library == CUSPARSELT and mode == "eager":
-        return Point(DECODE_TOKENS, "decode"), Point(EAGER_LIBRARY_TOKENS - 1, "dense"), Point(UNBOUNDED, "library")
+        return Point(DECODE_MOST, "decode"), Point(EAGER_LIBRARY_TOKENS - 1, "dense"), Point(UNBOUNDED, "library")
     return Point(DECODE_TOKENS, "decode"), Point(UNBOUNDED, "library")
 
 

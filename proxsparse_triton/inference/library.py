@@ -144,7 +144,8 @@ def multiply(name: str, blob: Tensor, values: Tensor, metadata: Tensor, x: Tenso
 
 
 def _padded(x: Tensor) -> Tensor:
-    x = F.pad(x, (0, 0, 0, -x.shape[0] % TOKENS))
+    if x.shape[0] % TOKENS:  # a pad by nothing copies too
+        x = F.pad(x, (0, 0, 0, -x.shape[0] % TOKENS))
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..ops.sparse_linear import multiply as decode
 from ..ops.sparse_linear import takes
 from .blob import Layout
-from .choice import choose
+from .choice import DECODE_MOST, can_decode, choose
 from .library import CUSPARSELT, Algorithm, find_library, found_algorithm, multiply
 
 NO_ALGORITHM = (0, 1, -1)  # for CUTLASS, which does not read it
@@ -80,15 +80,20 @@ def _compute(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first
     captured = flat.is_cuda and torch.cuda.is_current_stream_capturing()
     point = choose(flat.device, layout.dtype, layout.out_features, layout.in_features, tokens, captured=captured)
     y = None
-    if point.backend == "decode":
-        values, metadata, order = layout.parts(blob, first, rows)
-        if takes(rows, layout.in_features, layout.dtype, order):
-            y = decode(flat, values, metadata, bias, order)
-    elif point.backend == "library" and rows == layout.out_features:
+    if point.backend == "library" and rows == layout.out_features:
         y = _by_library(flat, blob, bias, layout, point.algorithm, captured)
+    instead = point.backend == "library" and tokens <= DECODE_MOST and can_decode(flat.device)
+    if y is None and (point.backend == "decode" or instead):
+        y = _by_decode(flat, blob, bias, layout, first, rows)
     if y is None:
         y = F.linear(flat, layout.dense(blob, first, rows), bias)
     return y.view((*x.shape[:-1], rows))
+
+
+def _by_decode(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int) -> Tensor | None:
+    """None where the kernel does not take the shape."""
+    values, metadata, order = layout.parts(blob, first, rows)
+    return decode(x, values, metadata, bias, order) if takes(rows, layout.in_features, layout.dtype, order) else None
 
 
 def _by_library(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, algorithm: Algorithm | None, captured: bool) -> Tensor | None:

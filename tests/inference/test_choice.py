@@ -78,11 +78,13 @@ def test_a_measured_layer_by_its_table_and_another_by_the_defaults() -> None:
     save_table([Entry(KEY, POINTS)], GPU)
     assert backend(300) == "dense"
     assert choose(CUDA0, torch.bfloat16, 4096, 4096, 4096, captured=True).algorithm == (3, 2, 1)
-    assert backend(300, captured=False) == "dense"
+    assert backend(300, captured=False) == "decode"
+    assert backend(600, captured=False) == "dense"
     assert backend(20, captured=False) == "decode"
     assert backend(300, out=8192) == "library"
-    assert backend(300, dtype=torch.float32) == "dense"  # no library takes it
-    assert backend(300, out=4112) == "dense"
+    assert backend(600, dtype=torch.float32) == "dense"  # no library takes it
+    assert backend(600, out=4112) == "dense"
+    assert backend(300, out=4112) == "decode"
     assert backend(1, out=4112) == "decode"
     assert backend(1, out=4100) == "dense"  # nor does the kernel
 
@@ -170,6 +172,6 @@ def test_description(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.describe(torch.device("cpu"))["packed layers, measured"] == "none: not a CUDA GPU"
     monkeypatch.setattr(choice, "measured_table", lambda device: {KEY: POINTS})
     described = choice.describe(CUDA0)
-    assert described["packed layers, few tokens"] == "decode kernel, up to 64"
+    assert described["packed layers, few tokens"] == "decode kernel, up to 128"
     assert described["packed layers, many tokens"] == "there"
     assert described["packed layers, measured"].endswith("1 entries")

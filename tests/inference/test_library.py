@@ -120,6 +120,12 @@ def test_inputs_are_padded_and_aligned() -> None:
     assert library._padded(shifted).data_ptr() % library.ALIGNMENT == 0
 
 
+def test_whole_batches_are_not_copied() -> None:
+    x = torch.randn(16, 64).half()
+    assert library._padded(x) is x
+    assert library._padded(x[:15]).shape == (16, 64)
+
+
 def test_the_call_of_cusparselt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products run on a card only; what is passed is checked here."""
     x, bias = torch.randn(3, 32).half(), torch.randn(64).half()
