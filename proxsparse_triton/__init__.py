@@ -25,6 +25,7 @@ _PUBLIC = {
     "load_packed": "export",
     "sparsify_model": "inference.convert",
     "SparseLinear": "inference.linear",
+    "warm_up": "inference.choice",
 }
 
 __all__ = list(_PUBLIC)

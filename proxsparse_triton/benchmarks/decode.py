@@ -16,9 +16,9 @@ from ..errors import BackendError, ConfigError, ModelError, ResourceError
 from ..evaluation.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from ..export import load_packed
 from ..formats.packed import is_packed_folder
-from ..inference.choice import Entry, Key, default_points, dtype_name, measured_table, temporary_table
+from ..inference.choice import measured_table, warm_up
 from ..inference.convert import sparsify_model, weight_bytes
-from ..inference.library import find_library, takes
+from ..inference.library import find_library
 from ..inference.linear import SparseLinear
 from ..models.loading import load_model, resolve_model
 from ..models.selection import plan_layers
@@ -149,19 +149,6 @@ def _pruned_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: model.get_submodule(name).weight for name in plan_layers(model).selected()}  # type: ignore[misc]
 
 
-def graph_choices(model: nn.Module) -> list[Entry]:
-    """How the packed layers will multiply in a CUDA graph, as what they are to do in eager code."""
-    found = {}
-    for layer in model.modules():
-        if isinstance(layer, SparseLinear):
-            device, dtype, shape = layer.packed.device, layer.layout.dtype, (layer.out_features, layer.in_features)
-            library = find_library(device)
-            points = measured_table(device).get(Key(dtype_name(dtype), *shape, "graph"))
-            name = library.name if takes(library, dtype, *shape) else None
-            found[dtype, shape] = Entry(Key(dtype_name(dtype), *shape, "eager"), points or default_points(name, "graph"))
-    return list(found.values())
-
-
 def whole_bytes(model: nn.Module) -> int:
     sizes = weight_bytes(model)
     return sizes.packed + sizes.others
@@ -257,7 +244,7 @@ class _Session:
         on_gpu = self.place.device.type == "cuda"
         if on_gpu:
             # What only the graphs will run is compiled, loaded and searched for before their capture, where none of that is allowed.
-            with temporary_table(graph_choices(decoder.model)):
+            with warm_up():
                 decoder.prefill()
                 decoder.rewind()
                 decoder.advance()

@@ -150,6 +150,8 @@ def _library_ways(layer: Layer, x: Tensor) -> list[Way]:
     if name != CUSPARSELT:
         return [Way(LIBRARY, partial(call, NO_ALGORITHM))]
     algorithm = search_algorithm(layer.packed[0].packed.view(DTYPE), x)
+    if algorithm is None:
+        raise BackendError("cuSPARSELt has no algorithm for this shape")
     ways = [Way(LIBRARY, partial(call, algorithm), algorithm)]
     if math.log2(len(x)) % 2 == 0:
         ways.append(Way(DEFAULT, partial(call, NO_ALGORITHM), NO_ALGORITHM))

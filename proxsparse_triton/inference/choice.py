@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,18 +108,41 @@ def possible(points: Iterable[Point], *, decode: bool, library: bool) -> tuple[P
 
 def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, *, captured: bool) -> Point:
     """The backend, and for cuSPARSELt the algorithm, of one product. captured: inside a CUDA graph."""
-    return pick(_points(device, dtype, out_features, in_features, "graph" if captured else "eager"), tokens)
+    mode = "graph" if captured or _WARMING_UP.get() else "eager"
+    return pick(_points(device, dtype, out_features, in_features, mode), tokens)
+
+
+_WARMING_UP = ContextVar("warming_up", default=False)
+
+
+@contextmanager
+def warm_up() -> Iterator[None]:
+    """Inside the block layers multiply in eager code as they will in a CUDA graph.
+
+    Run the model in it once before a capture, with as many tokens as will be captured: kernels are compiled then, libraries loaded, and
+    cuSPARSELt's algorithms searched for, none of which a capture allows.
+    """
+    token = _WARMING_UP.set(True)
+    try:
+        yield
+    finally:
+        _WARMING_UP.reset(token)
 
 
 @functools.cache
 def _points(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, mode: str) -> tuple[Point, ...]:
     library = find_library(device)
     taken = takes(library, dtype, out_features, in_features)
-    key = Key(dtype_name(dtype), out_features, in_features, mode)
-    measured = _TEMPORARY.get(key) or measured_table(device).get(key)
+    measured = _measured(device, Key(dtype_name(dtype), out_features, in_features, mode))
+    if measured is None and dtype == torch.float16:  # the same bytes, kernels and tensor cores
+        measured = _measured(device, Key(dtype_name(torch.bfloat16), out_features, in_features, mode))
     points = measured or default_points(library.name if taken else None, mode)
     decode = can_decode(device) and kernel.takes(out_features, in_features, dtype, library.order if taken else "linear")
     return possible(points, decode=decode, library=taken)
+
+
+def _measured(device: torch.device, key: Key) -> tuple[Point, ...] | None:
+    return _TEMPORARY.get(key) or measured_table(device).get(key)
 
 
 def can_decode(device: torch.device) -> bool:

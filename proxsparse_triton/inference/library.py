@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -149,13 +152,20 @@ def _padded(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
-_FOUND: dict[tuple[torch.device, torch.dtype, int, int, int], Algorithm] = {}
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+# (device, dtype, shape, power of two of tokens) -> what was found; None: nothing works.
+_FOUND: dict[tuple[torch.device, torch.dtype, int, int, int], Algorithm | None] = {}
 
 
 def found_algorithm(blob: Tensor, x: Tensor, out_features: int, *, captured: bool) -> Algorithm | None:
     """cuSPARSELt's fastest algorithm for x [tokens, in], searched once for each weight shape and power of two of tokens.
 
-    None: none found yet, and none can be searched in a CUDA graph's capture, as the search times all of them.
+    None: none found yet, and none can be searched in a CUDA graph's capture, as the search times all of them; or none works.
     """
     key = (x.device, x.dtype, out_features, x.shape[1], max(1, x.shape[0] - 1).bit_length())
     if key not in _FOUND:
@@ -165,26 +175,30 @@ def found_algorithm(blob: Tensor, x: Tensor, out_features: int, *, captured: boo
     return _FOUND[key]
 
 
-def search_algorithm(blob: Tensor, x: Tensor) -> Algorithm:
-    """The fastest algorithm of cuSPARSELt for the packed weight `blob` and x [tokens, in]. Waits for the device, many times.
+SEARCHES, REPLAYS = 3, 5
+_SEARCHING = threading.Lock()
+_CANDIDATES: dict[tuple[torch.device, torch.Size], set[Algorithm]] = {}
+
+
+def search_algorithm(blob: Tensor, x: Tensor) -> Algorithm | None:
+    """The fastest algorithm of cuSPARSELt for the packed weight `blob` and x [tokens, in]; None where it refuses all of them.
 
     Its search looks once at each and is often wrong: what several searches find, and found for other counts, runs off in CUDA graphs.
     In bf16 for fp16 too, whose own search takes an illegal instruction, and the process with it (0.8.0, H200). What it finds serves both.
+    Waits for the device, many times: not while another thread captures a graph.
     """
     rows = blob.view(torch.bfloat16).view(-1, x.shape[1] // 16 * 9)  # values and metadata take 9/16 of a row
     columns = _padded(x).view(torch.bfloat16).t()
-    candidates = _CANDIDATES.setdefault(rows.shape, set())
-    for _ in range(SEARCHES):
-        candidates.add(torch._C._cusparselt.mm_search(rows, columns, None, None, None, True)[:3])  # type: ignore[attr-defined]
-
-    def product(algorithm: Algorithm) -> Tensor:
-        return _cusparselt(rows, columns, None, algorithm)
-
-    return min(sorted(candidates), key=lambda algorithm: _seconds(lambda: product(algorithm)))
-
-
-SEARCHES, REPLAYS = 3, 5
-_CANDIDATES: dict[torch.Size, set[Algorithm]] = {}
+    with _SEARCHING, torch.cuda.device(x.device):  # the search has no guard of its own
+        candidates = _CANDIDATES.setdefault((x.device, rows.shape), set())
+        with suppress(RuntimeError):
+            for _ in range(SEARCHES):
+                candidates.add(torch._C._cusparselt.mm_search(rows, columns, None, None, None, True)[:3])  # type: ignore[attr-defined]
+        times = {}
+        for algorithm in sorted(candidates):
+            with suppress(RuntimeError):  # found for another count, and not for this one
+                times[algorithm] = _seconds(partial(_cusparselt, rows, columns, None, algorithm))
+    return min(times, key=times.__getitem__, default=None)
 
 
 def _cusparselt(rows: Tensor, columns: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
@@ -199,8 +213,8 @@ def _seconds(work: Callable[[], object]) -> float:
     """The shortest replay of `work` in a CUDA graph: in eager code the host takes longer than the device."""
     graph = torch.cuda.CUDAGraph()
     work()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    torch.cuda.current_stream().synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     times = []
     for _ in range(REPLAYS):

@@ -78,7 +78,7 @@ class SparseLinear(nn.Module):
         out_features, kept = values.shape
         self.layout = Layout(out_features, kept // KEPT * BLOCK, values.dtype, "linear").on(values.device, values.dtype)
         self.register_buffer("packed", self.layout.join(values, metadata), persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.contiguous(), requires_grad=False)
 
     @property
     def in_features(self) -> int:
@@ -150,6 +150,8 @@ class SparseLinear(nn.Module):
         values, metadata = (state_dict[key] for key in own)
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         problem = load_problem(self.layout, self.packed, self.out_features, values, metadata, assign)
+        if not problem and assign and self.bias is not None and self.bias.dtype != values.dtype:
+            problem = f"expected a bias of {values.dtype} as the values, got {self.bias.dtype}. Convert it first."
         if problem:
             error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {problem}")
         elif assign:

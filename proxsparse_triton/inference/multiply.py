@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.dispatch import traced
 from ..ops.sparse_linear import multiply as decode
 from ..ops.sparse_linear import takes
 from .blob import Layout
 from .choice import DECODE_MOST, can_decode, choose
-from .library import CUSPARSELT, Algorithm, find_library, found_algorithm, multiply
+from .library import CUSPARSELT, Algorithm, find_library, found_algorithm, is_captured, multiply
 
 NO_ALGORITHM = (0, 1, -1)  # for CUTLASS, which does not read it
 
@@ -26,7 +27,7 @@ def sparse_linear(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, 
     """
     count = layout.out_features if rows is None else rows
     tracked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if torch.compiler.is_compiling() or tracked or type(x) is not Tensor:
+    if tracked or traced(x):
         y: Tensor = _sparse_linear(x, blob, bias, layout.out_features, layout.in_features, layout.order, first, count)
         return y
     return _compute(x, blob, bias, layout, first, count)
@@ -77,7 +78,7 @@ def _compute(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first
     tokens = flat.shape[0]
     if tokens == 0 or rows == 0:
         return x.new_empty((*x.shape[:-1], rows))
-    captured = flat.is_cuda and torch.cuda.is_current_stream_capturing()
+    captured = flat.is_cuda and is_captured(flat.device)
     point = choose(flat.device, layout.dtype, layout.out_features, layout.in_features, tokens, captured=captured)
     y = None
     if point.backend == "library" and rows == layout.out_features:

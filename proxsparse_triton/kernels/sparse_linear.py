@@ -51,7 +51,7 @@ def _ampere_at(tile, column_half, lane, rows):
 
 @triton.jit
 def _metadata(metadata_ptr, tile, segment, lane, rows, width, ORDER: tl.constexpr):
-    """A lane's metadata as `mma_24` takes it, straight from memory; zeros beyond the last column."""
+    """A lane's metadata as `mma_24` takes it, straight from memory; beyond the last column positions 0 and 1, or zeros."""
     g = lane // 4
     word = segment * 4 + lane % 4
     inside = word < (width + 15) // 16
@@ -69,8 +69,8 @@ def _metadata(metadata_ptr, tile, segment, lane, rows, width, ORDER: tl.constexp
         return _pairs(metadata_ptr, _ampere_at(tile, word // 2, lane, rows) * 2, inside)
     else:
         at = metadata_ptr + (tile * 16 + g).to(tl.int64) * ((width + 15) // 16) + word
-        low = tl.load(at, mask=inside, other=0).to(tl.int32)
-        high = tl.load(at + 8 * ((width + 15) // 16), mask=inside, other=0).to(tl.int32)
+        low = tl.load(at, mask=inside, other=0x4444).to(tl.int32)
+        high = tl.load(at + 8 * ((width + 15) // 16), mask=inside, other=0x4444).to(tl.int32)
         return (low & 0xFFFF) | (high << 16)
 
 
@@ -338,7 +338,7 @@ def _finish(
 def sparse_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, y: Tensor, order: str, launch: Decode) -> None:
     """Writes x @ w.T + bias into y [tokens, out]; x [tokens, in] and all others contiguous, 16-byte aligned, of one 16-bit dtype.
 
-    out and in divide by 16, in the "hopper" order by 64 and 32, in the "ampere" order by 64.
+    out and in divide by 16, in the "hopper" order by 64 and 32, in the "ampere" order by 32.
     """
     tokens, width = x.shape
     rows = y.shape[1]
@@ -349,7 +349,7 @@ def sparse_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | No
     if not x.is_cuda:
         _sparse_linear_kernel[grid](*arguments, **_settings(launch, order, bias is not None), RESERVED=0)
         return
-    key = (x.device, x.dtype, rows, width, bias is None, order, launch)
+    key = (x.device, x.dtype, rows, width, None if bias is None else bias.dtype, order, launch)
     with torch.cuda.device_of(x):
         if key not in _compiled:
             _compiled[key] = _compile(arguments, _settings(launch, order, bias is not None), launch)

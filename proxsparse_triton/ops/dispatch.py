@@ -58,6 +58,18 @@ def choose_backend(function: str, tensor: Tensor, backend: str | None) -> str:
     return backend
 
 
+def traced(x: Tensor) -> bool:
+    """Whether someone watches the operations on x, or transforms them, and must not find a kernel that writes behind their back."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def flat(x: Tensor) -> Tensor:
     """x, or a copy, as the kernels address it: contiguous, and two bf16 weights in one word."""
     return x if x.is_contiguous() and x.data_ptr() % 4 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -12,17 +12,18 @@ from ..errors import ConfigError, ShapeError
 from ..reference import sparse_linear as reference
 from ..reference.metadata import ORDERS, row_words
 from ..sparsity import BLOCK, KEPT, check_width
-from .dispatch import check_floating, check_like, choose_backend
+from .dispatch import check_floating, check_like, choose_backend, traced
 
 if TYPE_CHECKING:
     from ..kernels.launch import Decode
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # What out_features and in_features must divide by: the sparse tensor cores take 16 rows, copies 16 bytes, and each order has its tiles.
-DIVISORS = {"linear": (16, 16), "hopper": (64, 32), "ampere": (64, 32)}
+DIVISORS = {"linear": (16, 16), "hopper": (64, 32), "ampere": (32, 32)}
+MOST_TOKENS = 1 << 20  # of a launch, whose programs along the tokens are counted in 16 bits
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _launch(device: torch.device, tokens: int, rows: int) -> Decode:
     from ..kernels import launch
 
@@ -44,8 +45,15 @@ def _compute(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, o
 
     tokens, rows = x.shape[0], values.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    launch = _launch(x.device, tokens, rows)
-    sparse_linear.sparse_linear(_aligned(x), _aligned(values), metadata.contiguous(), bias, y, order, launch)
+    if not y.numel():
+        return y
+    values, metadata, bias = _aligned(values), _aligned(metadata), None if bias is None else bias.contiguous()
+    for first in range(0, tokens, MOST_TOKENS):
+        part = _aligned(x[first : first + MOST_TOKENS] if tokens > MOST_TOKENS else x)
+        launch = _launch(x.device, part.shape[0], rows)
+        sparse_linear.sparse_linear(
+            part, values, metadata, bias, y[first : first + MOST_TOKENS] if tokens > MOST_TOKENS else y, order, launch
+        )
     return y
 
 
@@ -86,7 +94,7 @@ def sparse_linear_24(
         order: "linear"; "hopper" or "ampere" as `reference.metadata.reorder` gives them, so that one copy serves the device's library too.
             On a GPU "hopper" is staged with the weights and fastest.
         backend: see `prox_24`. The kernel is for fp16 and bf16 and whole tiles (out and in_features divisible by 16; hopper: out by 64,
-            in_features by 32; ampere: the same); the reference serves the rest.
+            in_features by 32; ampere: both by 32); the reference serves the rest.
     Returns: [..., out] of x's dtype; sums are in fp32 and rounded once. Deterministic. Not differentiated through.
     Raises: TypeError: x not floating, or dtypes that differ. ShapeError: sizes that do not fit each other. ConfigError: unknown order,
         tensors on several devices. BackendError: backend not available.
@@ -109,7 +117,8 @@ def sparse_linear_24(
             )
         chosen = "reference"
     flat = x.detach().reshape(-1, in_features)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    bias = None if bias is None else bias.detach()
+    if traced(x):
         y: Tensor = _sparse_linear_24(flat, values.detach(), metadata, bias, order, chosen)
     else:  # a registered operation costs the host as long as a small product
         with torch.no_grad():

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from proxsparse_triton.benchmarks import decode
-from proxsparse_triton.benchmarks.decode import DENSE, SPARSE, DecodeBench, graph_choices, pruned_model, read_bytes, whole_bytes
+from proxsparse_triton.benchmarks.decode import DENSE, SPARSE, DecodeBench, pruned_model, read_bytes, whole_bytes
 from proxsparse_triton.benchmarks.decoder import Decoder, compiled_step, step
 from proxsparse_triton.benchmarks.shapes import TINY, build, config_of
 from proxsparse_triton.benchmarks.timer import machine
 from proxsparse_triton.errors import ConfigError, ModelError, ResourceError
 from proxsparse_triton.export import export_run
-from proxsparse_triton.inference import choice
-from proxsparse_triton.inference.choice import Key, Point
 from proxsparse_triton.inference.convert import sparsify_model
 from proxsparse_triton.inference.linear import SparseLinear
 
@@ -243,17 +241,6 @@ def test_the_step_is_one_graph(tiny: nn.Module, packed: bool) -> None:
     one.step = torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
     assert torch.equal(greedy(one, 6), expected)
     torch.compiler.reset()
-
-
-def test_graph_choices(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph will run, as eager choices: measured where it was, else the built-in thresholds."""
-    measured = (Point(64, "dense"),)
-    monkeypatch.setattr(decode, "measured_table", lambda device: {Key("bfloat16", 512, 128, "graph"): measured})
-    entries = {entry.key: entry.points for entry in graph_choices(sparsify_model(tiny))}
-    assert entries[Key("bfloat16", 512, 128, "eager")] == measured  # gate and up
-    assert entries[Key("bfloat16", 128, 256, "eager")] == choice.default_points(None, "graph")
-    assert {key.mode for key in entries} == {"eager"}
-    assert {(key.out_features, key.in_features) for key in entries} == {(256, 128), (128, 128), (512, 128), (128, 256)}
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

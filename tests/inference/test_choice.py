@@ -175,3 +175,22 @@ def test_description(monkeypatch: pytest.MonkeyPatch) -> None:
     assert described["packed layers, few tokens"] == "decode kernel, up to 128"
     assert described["packed layers, many tokens"] == "there"
     assert described["packed layers, measured"].endswith("1 entries")
+
+
+@pytest.mark.usefixtures("card")
+def test_warm_up_chooses_as_a_graph_will() -> None:
+    assert backend(300, captured=False) == "decode"
+    with choice.warm_up():
+        assert backend(300, captured=False) == "library"
+        with pytest.raises(ZeroDivisionError), choice.warm_up():
+            raise ZeroDivisionError
+        assert backend(300, captured=False) == "library"
+    assert backend(300, captured=False) == "decode"
+
+
+@pytest.mark.usefixtures("card")
+def test_fp16_goes_by_what_bf16_measured() -> None:
+    save_table([Entry(KEY, POINTS)], GPU)
+    assert KEY.dtype == "bfloat16"
+    assert backend(300, dtype=torch.float16) == backend(300) == "dense"
+    assert backend(600, dtype=torch.float32) == "dense"

@@ -38,7 +38,15 @@ def check(y: Tensor, x: Tensor, values: Tensor, linear: Tensor, bias: Tensor | N
     assert bool(((y.double() - exact).abs() <= bound).all()), float(((y.double() - exact).abs() - bound).max())
 
 
-SHAPES = [(16, 16), (48, 80), (64, 96), (64, 128), (128, 160), (192, 448)]  # out x in: whole and broken tiles of 64 columns, rows of 128
+SHAPES = [
+    (16, 16),
+    (48, 80),
+    (96, 64),
+    (64, 96),
+    (64, 128),
+    (128, 160),
+    (192, 448),
+]  # out x in: whole and broken tiles of 64 columns, rows of 128
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
@@ -127,6 +135,46 @@ def test_views_that_start_anywhere(device: str) -> None:
     backend = "triton"
     expected = sparse_linear_24(x.clone(), values, metadata, backend=backend)
     assert torch.equal(sparse_linear_24(x, shifted, metadata, backend=backend), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_metadata_and_bias_that_start_anywhere(order: str, device: str) -> None:
+    """A 4-byte copy wants 4-byte addresses, and the kernel a bias without gaps."""
+    values, metadata = packed(64, 64, torch.bfloat16, order, device)
+    x = inputs(4, 64, dtype=torch.bfloat16, device=device)
+    spread = inputs(128, dtype=torch.bfloat16, device=device, seed=3)
+    shifted = torch.empty(metadata.numel() + 1, dtype=torch.int16, device=device)[1:].view(metadata.shape).copy_(metadata)
+    expected = sparse_linear_24(x, values, metadata, spread[::2].clone(), order=order, backend="triton")
+    assert torch.equal(sparse_linear_24(x, values, shifted, spread[::2], order=order, backend="triton"), expected)
+    one = spread[:1].expand(64)
+    expected = sparse_linear_24(x, values, metadata, one.contiguous(), order=order, backend="triton")
+    assert torch.equal(sparse_linear_24(x, values, metadata, one, order=order, backend="triton"), expected)
+
+
+def test_no_rows_and_no_tokens(device: str) -> None:
+    values, metadata = packed(16, 64, torch.bfloat16, "linear", device)
+    x = inputs(64, 64, dtype=torch.bfloat16, device=device)
+    assert sparse_linear_24(x, values[:0], metadata[:0], backend="triton").shape == (64, 0)
+    assert sparse_linear_24(x[:0], values, metadata, backend="triton").shape == (0, 16)
+
+
+def test_more_tokens_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from proxsparse_triton.ops import sparse_linear as module
+
+    values, metadata = packed(16, 32, torch.bfloat16, "linear", device)
+    x = inputs(11, 32, dtype=torch.bfloat16, device=device)
+    expected = sparse_linear_24(x, values, metadata, backend="triton")
+    monkeypatch.setattr(module, "MOST_TOKENS", 4)
+    assert torch.equal(sparse_linear_24(x, values, metadata, backend="triton"), expected)
+
+
+def test_tracers_see_the_operation() -> None:
+    """What watches or transforms tensors gets the registered operation, not a kernel that writes unseen."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    values, metadata = packed(16, 32, torch.float32, "linear", "cpu")
+    graph = make_fx(lambda x: sparse_linear_24(x, values, metadata))(torch.randn(2, 32)).graph
+    assert "proxsparse.sparse_linear_24" in str([node.target for node in graph.nodes])
 
 
 def test_infinite_and_nan_inputs_stay_in_their_token(device: str) -> None:
