@@ -281,7 +281,7 @@ def test_sparse_linear_uses_what_was_just_measured(monkeypatch: pytest.MonkeyPat
     run()
     assert seen == ["decode", "decode"]
     assert choose(CPU, torch.bfloat16, *SHAPE, 64, captured=True) == Point(choice.DECODE_MOST, "decode")  # the built-in threshold
-    assert choose(CPU, torch.bfloat16, *SHAPE, 65, captured=True).backend == "dense"
+    assert choose(CPU, torch.bfloat16, *SHAPE, choice.DECODE_MOST + 1, captured=True).backend == "dense"
 
 
 def test_a_temporary_table() -> None:
