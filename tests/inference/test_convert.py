@@ -57,14 +57,14 @@ def test_compiled_whole(pruned: nn.Module, ids: Tensor, backend: str) -> None:
         torch.testing.assert_close(logits(run, part), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_block_by_block_once_for_all(pruned: nn.Module, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_block_by_block_once_for_all(pruned: nn.Module, ids: Tensor) -> None:
     expected = logits(pruned, ids)
     sparsify_model(pruned)
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     for block in pruned.model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-5, atol=1e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # a setting that monkeypatch puts back is gone for all later tests
+        torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_siblings_are_fused(pruned: nn.Module) -> None:
