@@ -84,6 +84,7 @@ class DecodeBench:
     def _model(self, name: str, place: Machine, roof: Roof, progress: Progress) -> Iterator[Row]:
         small = place.device.type == "cpu"
         batches = self.batch or (TINY_BATCHES if small else BATCHES)
+        _clear(place.device)  # what is freed later would count as less than nothing
         others = torch.cuda.memory_allocated() if place.device.type == "cuda" else 0
         model = pruned_model(name, place.device)
         layers = sum(weight.nbytes for weight in _pruned_weights(model).values())

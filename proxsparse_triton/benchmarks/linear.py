@@ -18,9 +18,9 @@ from .shapes import MODELS
 from .table import Row
 from .timer import Machine, Roof, Timing
 from .ways import (
-    DECODE,
     DENSE,
     DTYPE,
+    KERNEL,
     LIBRARY,
     OURS,
     UNPACKED,
@@ -43,7 +43,7 @@ MODES = ("graph", "eager")  # replayed by a CUDA graph; as a user calls it
 ROUNDS = 7
 # Of weights, inputs and outputs in one pass: twenty times the L2 cache of an H200, and a quarter of a millisecond.
 ROTATED = 1_000_000_000
-BACKENDS = {DECODE: "decode", LIBRARY: "library", UNPACKED: "dense"}  # between which SparseLinear chooses, by its names for them
+BACKENDS = {KERNEL: "kernel", LIBRARY: "library", UNPACKED: "dense"}  # between which SparseLinear chooses, by its names for them
 ALL = "all"  # in a row about every way
 
 
@@ -208,9 +208,9 @@ def _measured(layer: Layer, tokens: int, choices: Choices, place: Machine, roof:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Per layer and mode: where decode and the library break even with dense, and where SparseLinear is least against it.
+    """Per layer and mode: where the kernel and the library break even with dense, and where SparseLinear is least against it.
 
-    decode_until: the most tokens up to which no measured count is slower; library_from: the fewest from which on none is. None: none.
+    kernel_until: the most tokens up to which no measured count is slower; library_from: the fewest from which on none is. None: none.
     """
     groups: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
@@ -223,7 +223,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         facts: Row = {
             "shape": f"{out_features}x{in_features}",
             "mode": mode,
-            "decode_until": _last_even(sorted(group.get(DECODE, ()))),
+            "kernel_until": _last_even(sorted(group.get(KERNEL, ()))),
             "library_from": _last_even(sorted(group.get(LIBRARY, ()), reverse=True)),
             "lowest": least[1],
             "lowest_at": least[0],

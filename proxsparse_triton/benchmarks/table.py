@@ -119,7 +119,7 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "to_plain": ("time / plain", lambda value: f"{value:.3f}"),
     "speed_up": ("speed-up", lambda value: f"{value:.3f}x"),
     "dense_us": ("dense us", lambda value: f"{value:,.1f}"),
-    "decode_until": ("decode, up to tokens", lambda value: f"{value:,}"),
+    "kernel_until": ("kernel, up to tokens", lambda value: f"{value:,}"),
     "library_from": ("library, from tokens", lambda value: f"{value:,}"),
     "lowest": ("lowest SparseLinear", lambda value: f"{value:.3f}x"),
     "lowest_at": ("at tokens", lambda value: f"{value:,}"),

@@ -14,20 +14,20 @@ from torch.nn import functional as F
 
 from ..errors import BackendError
 from ..evaluation.memory import is_out_of_memory
-from ..inference.choice import can_decode
+from ..inference.choice import has_kernel
 from ..inference.library import CUSPARSELT, Algorithm, find_library, multiply, search_algorithm, takes
 from ..inference.linear import SparseLinear
 from ..inference.multiply import NO_ALGORITHM
 from ..models.checkpoint import one_line
 from ..ops import mask_24, pack_24
-from ..ops.sparse_linear import sparse_linear_24
+from ..ops.sparse_linear import on_hopper, sparse_linear_24
 from ..ops.sparse_linear import takes as kernel_takes
 from .prox import SIGMA
 from .timer import Clock, Machine, Rival, Roof, Timing, measure
 
 DTYPE = torch.bfloat16
-DENSE, DECODE, LIBRARY, DEFAULT, UNPACKED, OURS = "dense", "decode", "library", "library, default algorithm", "unpacked", "SparseLinear"
-DECODE_MOST = 512  # tokens: the kernel reads the weight again for every tile of them
+DENSE, KERNEL, LIBRARY, DEFAULT, UNPACKED, OURS = "dense", "kernel", "library", "library, default algorithm", "unpacked", "SparseLinear"
+KERNEL_MOST = 512  # tokens, where the kernel is not the one for Hopper: it reads the weight again for every tile of them
 MOST_COPIES = 64  # small weights would need thousands to exceed the L2 cache, and each is a launch
 UNPACKED_LEAST = 64  # tokens: unpacking alone takes longer than the dense product of fewer
 
@@ -100,7 +100,7 @@ def all_ways(layer: Layer, x: Tensor) -> tuple[list[Way], Failures]:
     Raises: BackendError: not even the dense product is right.
     """
     ways, failures = [dense_way(layer, x)], Failures()
-    for name, make in ((DECODE, _decode_ways), (LIBRARY, _library_ways), (UNPACKED, _unpacked_ways)):
+    for name, make in ((KERNEL, _kernel_ways), (LIBRARY, _library_ways), (UNPACKED, _unpacked_ways)):
         try:
             ways += make(layer, x)
         except Exception as error:  # kernels, compilers and libraries raise anything
@@ -119,11 +119,11 @@ def our_way(layer: Layer, x: Tensor) -> Way:
     return Way(OURS, lambda index: layer.packed[index](x))
 
 
-def _decode_ways(layer: Layer, x: Tensor) -> list[Way]:
-    if len(x) > DECODE_MOST:
-        return []
+def _kernel_ways(layer: Layer, x: Tensor) -> list[Way]:
     order = layer.packed[0].layout.order
-    if x.is_cuda and not (can_decode(x.device) and kernel_takes(*layer.shape, DTYPE, order)):
+    if len(x) > KERNEL_MOST and not on_hopper(x.device, order, layer.shape[1]):
+        return []
+    if x.is_cuda and not (has_kernel(x.device) and kernel_takes(*layer.shape, DTYPE, order)):
         raise BackendError("the kernel does not take this shape, or this card")
 
     def call(index: int) -> Tensor:
@@ -131,7 +131,7 @@ def _decode_ways(layer: Layer, x: Tensor) -> list[Way]:
         values, metadata, order = packed.layout.parts(packed.packed, 0, packed.out_features)
         return sparse_linear_24(x, values, metadata, order=order)
 
-    return [Way(DECODE, call)]
+    return [Way(KERNEL, call)]
 
 
 def _library_ways(layer: Layer, x: Tensor) -> list[Way]:

@@ -195,8 +195,8 @@ def _not_measured(names: list[str]) -> str:
         "prox": "the prox kernel and its share of the copy bandwidth, the compiled rival, scratch memory",
         "step": "the fused kernel and its share of the copy bandwidth",
         "learn": "models of real size, GPU memory",
-        "linear": "the decode kernel, the sparse library, CUDA graphs",
-        "decode": "models of real size, the decode kernel, CUDA graphs, GPU memory",
+        "linear": "our kernel, the sparse library, CUDA graphs",
+        "decode": "models of real size, our kernel, CUDA graphs, GPU memory",
     }
     return f"No GPU: the plain-torch reference is measured on the CPU. Not measured: {'; '.join(missing[name] for name in names)}."
 

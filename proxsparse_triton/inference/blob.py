@@ -1,6 +1,6 @@
 """The one copy of a packed weight in memory: its values and then its metadata, in the order of the device's library, as bytes.
 
-cuSPARSELt reads the whole, CUTLASS and the decode kernel read views. Bytes, because `module.half()` and the like cast only floats.
+cuSPARSELt reads the whole, CUTLASS and our kernel read views. Bytes, because `module.half()` and the like cast only floats.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Layout:
         return restore(self.metadata(blob), self.order, (self.out_features, self.in_features))
 
     def parts(self, blob: Tensor, first: int, rows: int) -> Parts:
-        """Rows of the weight for the decode kernel: views, wherever the order allows."""
+        """Rows of the weight for our kernel: views, wherever the order allows."""
         values = self.values(blob)[first : first + rows]
         if self.order == "linear":
             return Parts(values, self.metadata(blob).view(self.out_features, -1)[first : first + rows], "linear")

@@ -1,7 +1,7 @@
 """How a packed layer multiplies a batch: chosen by device, shape, tokens, and whether a CUDA graph replays it.
 
-Three backends: `decode` (our kernel reads the packed weight: few tokens), `library` (sparse tensor cores: many tokens), `dense` (unpack
-to a temporary weight, then `F.linear`: always possible). A measured table in the user's cache folder decides, and where it has nothing
+Three backends: `kernel` (ours reads the packed weight as it is), `library` (cuSPARSELt or CUTLASS, for many tokens), `dense` (unpack to a
+temporary weight, then `F.linear`: always possible). A measured table in the user's cache folder decides, and where it has nothing
 to say the thresholds below.
 """
 
@@ -22,21 +22,20 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, OutputError
-from ..ops import sparse_linear as kernel
+from ..ops import sparse_linear
 from ..ops.dispatch import have_triton, kernels_compile
 from .library import CUSPARSELT, Algorithm, find_library, takes
 
-BACKENDS = ("decode", "library", "dense")
+BACKENDS = ("kernel", "library", "dense")
 MODES = ("graph", "eager")
-VERSION = 1
+VERSION = 2
 
-# H200, bf16, 4096 x 4096 to 28672 x 8192, bench/results/nvidia-h200-linear.csv. In CUDA graphs the decode kernel is 1.5 to 2 times as fast
-# as a dense weight at 1 to 16 tokens, 1.0 to 1.6 times at 64, and faster than cuSPARSELt up to 128; from there the library is, which beats
-# a dense weight from 256 (large shapes) to 1024 tokens on. Unpacking first is the slowest below some thousand tokens.
-DECODE_TOKENS = 128
+# H200, bf16, 4096 x 4096 to 28672 x 8192, bench/results/nvidia-h200-linear.csv. In CUDA graphs the kernel for Hopper is faster than a dense
+# weight at every count, and than cuSPARSELt up to 512 tokens or more. The kernel for other cards and orders was faster than cuSPARSELt up
+# to 128, and faster than unpacking up to 512.
+KERNEL_TOKENS = {True: 512, False: 128}  # of the kernel for Hopper, of the other
+KERNEL_MOST = 512  # of the other kernel, where there is no library
 # In eager code cuSPARSELt builds a plan in each call: 0.5 to 0.77 ms of the host, the time of about 4096 tokens. A graph replays without.
-# Without the library, the decode kernel is faster than unpacking up to 512 tokens at least.
-DECODE_MOST = 512
 EAGER_LIBRARY_TOKENS = 4096
 UNBOUNDED = 2**62
 
@@ -91,18 +90,20 @@ def pick(points: Sequence[Point], tokens: int) -> Point:
     return next((point for point in points if tokens <= point.tokens), points[-1])
 
 
-def default_points(library: str | None, mode: str) -> tuple[Point, ...]:
-    """The thresholds where nothing was measured."""
+def default_points(library: str | None, mode: str, *, hopper: bool = False) -> tuple[Point, ...]:
+    """The thresholds where nothing was measured. hopper: the kernel is the one that is fast at every count."""
     if library is None:
-        return Point(DECODE_MOST, "decode"), Point(UNBOUNDED, "dense")
-    if library == CUSPARSELT and mode == "eager":
-        return Point(DECODE_MOST, "decode"), Point(EAGER_LIBRARY_TOKENS - 1, "dense"), Point(UNBOUNDED, "library")
-    return Point(DECODE_TOKENS, "decode"), Point(UNBOUNDED, "library")
+        return Point(KERNEL_MOST, "kernel"), Point(UNBOUNDED, "dense")
+    if library != CUSPARSELT or mode != "eager":
+        return Point(KERNEL_TOKENS[hopper], "kernel"), Point(UNBOUNDED, "library")
+    if hopper:
+        return Point(EAGER_LIBRARY_TOKENS - 1, "kernel"), Point(UNBOUNDED, "library")
+    return Point(KERNEL_MOST, "kernel"), Point(EAGER_LIBRARY_TOKENS - 1, "dense"), Point(UNBOUNDED, "library")
 
 
-def possible(points: Iterable[Point], *, decode: bool, library: bool) -> tuple[Point, ...]:
+def possible(points: Iterable[Point], *, kernel: bool, library: bool) -> tuple[Point, ...]:
     """`points` with dense in place of what cannot run."""
-    able = {"decode": decode, "library": library, "dense": True}
+    able = {"kernel": kernel, "library": library, "dense": True}
     return tuple(point if able[point.backend] else Point(point.tokens, "dense") for point in points)
 
 
@@ -136,23 +137,25 @@ def _points(device: torch.device, dtype: torch.dtype, out_features: int, in_feat
     measured = _measured(device, Key(dtype_name(dtype), out_features, in_features, mode))
     if measured is None and dtype == torch.float16:  # the same bytes, kernels and tensor cores
         measured = _measured(device, Key(dtype_name(torch.bfloat16), out_features, in_features, mode))
-    points = measured or default_points(library.name if taken else None, mode)
-    decode = can_decode(device) and kernel.takes(out_features, in_features, dtype, library.order if taken else "linear")
-    return possible(points, decode=decode, library=taken)
+    order = library.order if taken else "linear"
+    hopper = sparse_linear.on_hopper(device, order, in_features)
+    points = measured or default_points(library.name if taken else None, mode, hopper=hopper)
+    kernel = has_kernel(device) and sparse_linear.takes(out_features, in_features, dtype, order)
+    return possible(points, kernel=kernel, library=taken)
 
 
 def _measured(device: torch.device, key: Key) -> tuple[Point, ...] | None:
     return _TEMPORARY.get(key) or measured_table(device).get(key)
 
 
-def can_decode(device: torch.device) -> bool:
-    """Whether the decode kernel runs there: it is for the sparse tensor cores of NVIDIA."""
+def has_kernel(device: torch.device) -> bool:
+    """Whether our kernel runs there: it is for the sparse tensor cores of NVIDIA."""
     return device.type == "cuda" and torch.version.hip is None and have_triton() and kernels_compile(device)
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """What will be used on a device and why, for people."""
-    decode = can_decode(device)
+    kernel = has_kernel(device)
     missing = "not a CUDA GPU" if device.type != "cuda" else "install triton" if not have_triton() else "needs NVIDIA Ampere or newer"
     if device.type != "cuda":
         table = "none: not a CUDA GPU"
@@ -160,8 +163,9 @@ def describe(device: torch.device) -> dict[str, str]:
         path = table_path(torch.cuda.get_device_name(device))
         layers = len(measured_table(device))
         table = f"{path}, {layers} entries" if layers else f"none in {path.parent}: built-in thresholds"
+    most = KERNEL_TOKENS[sparse_linear.on_hopper(device, find_library(device).order)]
     return {
-        "packed layers, few tokens": f"decode kernel, up to {DECODE_TOKENS}" if decode else f"unpacked weight: {missing}",
+        "packed layers, few tokens": f"own kernel, up to {most}" if kernel else f"unpacked weight: {missing}",
         "packed layers, many tokens": find_library(device).reason,
         "packed layers, measured": table,
     }

@@ -121,7 +121,7 @@ def _say_refusal(name: str, dtype: torch.dtype, out_features: int, in_features: 
     rule = _RULES[name]
     warnings.warn(
         f"SparseLinear: {rule.title} takes fp16 and bf16 weights of {rule.rows} x {rule.columns} tiles, got {dtype} "
-        f"{out_features} x {in_features}: what the decode kernel does not do either multiplies with the unpacked weight.",
+        f"{out_features} x {in_features}: what our kernel does not do either multiplies with the unpacked weight.",
         stacklevel=2,
     )
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.dispatch import traced
-from ..ops.sparse_linear import multiply as decode
-from ..ops.sparse_linear import takes
+from ..ops.sparse_linear import multiply as kernel
+from ..ops.sparse_linear import on_hopper, takes
 from .blob import Layout
-from .choice import DECODE_MOST, can_decode, choose
+from .choice import KERNEL_MOST, choose, has_kernel
 from .library import CUSPARSELT, Algorithm, find_library, found_algorithm, is_captured, multiply
 
 NO_ALGORITHM = (0, 1, -1)  # for CUTLASS, which does not read it
@@ -83,18 +83,18 @@ def _compute(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first
     y = None
     if point.backend == "library" and rows == layout.out_features:
         y = _by_library(flat, blob, bias, layout, point.algorithm, captured)
-    instead = point.backend == "library" and tokens <= DECODE_MOST and can_decode(flat.device)
-    if y is None and (point.backend == "decode" or instead):
-        y = _by_decode(flat, blob, bias, layout, first, rows)
+    fast = tokens <= KERNEL_MOST or on_hopper(flat.device, layout.order, layout.in_features)
+    if y is None and (point.backend == "kernel" or (point.backend == "library" and fast and has_kernel(flat.device))):
+        y = _by_kernel(flat, blob, bias, layout, first, rows)
     if y is None:
         y = F.linear(flat, layout.dense(blob, first, rows), bias)
     return y.view((*x.shape[:-1], rows))
 
 
-def _by_decode(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int) -> Tensor | None:
+def _by_kernel(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int) -> Tensor | None:
     """None where the kernel does not take the shape."""
     values, metadata, order = layout.parts(blob, first, rows)
-    return decode(x, values, metadata, bias, order) if takes(rows, layout.in_features, layout.dtype, order) else None
+    return kernel(x, values, metadata, bias, order) if takes(rows, layout.in_features, layout.dtype, order) else None
 
 
 def _by_library(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, algorithm: Algorithm | None, captured: bool) -> Tensor | None:

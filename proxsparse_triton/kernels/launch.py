@@ -71,15 +71,18 @@ class Decode:
     tokens: int
 
     @property
+    def warps(self) -> int:
+        return self.column_warps * self.row_warps
+
+    @property
     def rows(self) -> int:
         return 16 * self.tiles * self.row_warps
 
     @property
     def bytes(self) -> int:
         """Shared memory: the ring, or what the sums of the column warps take in its place."""
-        warps = self.column_warps * self.row_warps
-        stage = self.segments * (warps * self.tiles * 1152 + self.column_warps * self.tokens * 128)
-        return max(self.stages * stage, warps * self.tiles * self.token_tiles * 512)
+        stage = self.segments * (self.warps * self.tiles * 1152 + self.column_warps * self.tokens * 128)
+        return max(self.stages * stage, self.warps * self.tiles * self.token_tiles * 512)
 
 
 # Measured on an H200 in bf16 at 11008 x 4096, 4096 x 11008, 14336 x 4096, 28672 x 8192 and 4096 x 4096, from 32 tokens on also at 12288 x

@@ -1,18 +1,14 @@
 """y = x @ w.T + bias for few tokens, w in its packed 2:4 form: 9/16 of the bytes, read once, at the roof of memory."""
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import BackendError
+from .compiled import run
 from .fragments import hopper_metadata, load_matrices, mma_24
 from .launch import Decode
 from .ptx import PTX, round_to
 from .staging import (
-    RESERVE_STEP,
     commit,
     copy_again,
     copy_once,
@@ -347,38 +343,18 @@ def sparse_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | No
     grid = (triton.cdiv(rows, launch.rows), triton.cdiv(tokens, launch.token_tiles * 8), 1)
     arguments = (x, values, metadata, values if bias is None else bias, y, tokens, rows, width)
     if not x.is_cuda:
-        _sparse_linear_kernel[grid](*arguments, **_settings(launch, order, bias is not None), RESERVED=0)
+        _sparse_linear_kernel[grid](*arguments, **_settings(launch, order, bias is not None), RESERVED=0, num_warps=launch.warps)
         return
-    key = (x.device, x.dtype, rows, width, None if bias is None else bias.dtype, order, launch)
-    with torch.cuda.device_of(x):
-        if key not in _compiled:
-            _compiled[key] = _compile(arguments, _settings(launch, order, bias is not None), launch)
-        kernel, constants = _compiled[key]
-        kernel[grid](*arguments, *constants)
-
-
-# (device, dtype, shape, settings) -> the compiled kernel and its constants. Triton's own look-up takes longer than the kernel runs.
-_compiled: dict[object, tuple[Any, tuple[object, ...]]] = {}
+    run(
+        _sparse_linear_kernel, (x.device, x.dtype, rows, width, None if bias is None else bias.dtype, order, launch), grid, arguments,
+        lambda: _settings(launch, order, bias is not None), shared=launch.bytes, warps=launch.warps,
+    )  # fmt: skip
 
 
 def _settings(launch: Decode, order: str, has_bias: bool) -> dict[str, object]:
-    """The constants of the kernel, in its order, and the warps of a program."""
+    """The constants of the kernel, in its order."""
     return {
         "HAS_BIAS": has_bias, "ORDER": ORDERS[order].value, "TILES": launch.tiles, "COLUMN_WARPS": launch.column_warps,
         "ROW_WARPS": launch.row_warps, "SEGMENTS": launch.segments, "STAGES": launch.stages, "TOKEN_TILES": launch.token_tiles,
-        "TOKENS": launch.tokens, "num_warps": launch.column_warps * launch.row_warps,
+        "TOKENS": launch.tokens,
     }  # fmt: skip
-
-
-def _compile(arguments: tuple[object, ...], settings: dict[str, object], launch: Decode) -> tuple[Any, tuple[object, ...]]:
-    """The kernel with as many stages of `reserve` as give the ring its bytes: it depends on where the compiler keeps operands."""
-    least = triton.cdiv(launch.bytes, RESERVE_STEP.value)
-    for reserved in range(least, least + 3):
-        kernel = _sparse_linear_kernel.warmup(*arguments, **settings, RESERVED=reserved, grid=(1,))
-        if kernel.metadata.shared >= launch.bytes:
-            constants = [value for name, value in settings.items() if name != "num_warps"]
-            return kernel, (*constants, reserved)
-    raise BackendError(
-        f"sparse_linear_24: expected {launch.bytes} bytes of shared memory from Triton {triton.__version__}, got "
-        f"{kernel.metadata.shared}. Use backend='reference', and report this version."
-    )

@@ -54,6 +54,20 @@ def copy_again(to, source, size, here):
 
 
 @triton.jit
+def copy_past(to, source, here):
+    """16 bytes past L1, where `here`: they are in L2, and no other program of the multiprocessor reads them."""
+    tl.inline_asm_elementwise(
+        """{
+            .reg .pred here;
+            setp.ne.b32 here, $3, 0;
+            @here cp.async.cg.shared.global [$1], [$2], 16;
+            mov.b32 $0, 0;
+        }""",
+        "=r,r,l,r", [to, source, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def copy_word(to, source):
     """4 bytes."""
     tl.inline_asm_elementwise(

@@ -13,7 +13,7 @@ from torch import Tensor
 from proxsparse_triton.benchmarks import linear, ways
 from proxsparse_triton.benchmarks.linear import TOKENS, LinearBench, fastest, linear_shapes, summarise
 from proxsparse_triton.benchmarks.timer import HostClock, Machine, Rival, Timing, machine
-from proxsparse_triton.benchmarks.ways import DECODE, DEFAULT, DENSE, LIBRARY, OURS, UNPACKED, Layer, traffic
+from proxsparse_triton.benchmarks.ways import DEFAULT, DENSE, KERNEL, LIBRARY, OURS, UNPACKED, Layer, traffic
 from proxsparse_triton.errors import BackendError, ConfigError
 from proxsparse_triton.inference import choice
 from proxsparse_triton.inference.choice import Entry, Key, Point, choose, load_table, table_path, temporary_table
@@ -98,8 +98,8 @@ def test_rounds_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows() -> None:
     rows = run()
     assert [(row["tokens"], row["backend"]) for row in rows] == [
-        *((1, name) for name in (DENSE, DECODE, LIBRARY, OURS)),
-        *((64, name) for name in (DENSE, DECODE, UNPACKED, LIBRARY, OURS)),
+        *((1, name) for name in (DENSE, KERNEL, LIBRARY, OURS)),
+        *((64, name) for name in (DENSE, KERNEL, UNPACKED, LIBRARY, OURS)),
     ]
     for row in rows:
         assert (row["bench"], row["out"], row["in"], row["dtype"], row["mode"]) == ("linear", *SHAPE, "bfloat16", "eager")
@@ -110,14 +110,14 @@ def test_rows() -> None:
         assert row["us_20"] <= row["us"] <= row["us_80"]
         assert row["speed_up"] == row["dense_us"] / row["us"]
         assert row["gb_per_s"] == pytest.approx(traffic(SHAPE, row["tokens"], packed=row["backend"] != DENSE) / row["us"] / 1e3)
-    assert {row["chosen"] for row in rows if row["backend"] == OURS} <= {"decode", "dense"}
+    assert {row["chosen"] for row in rows if row["backend"] == OURS} <= {"kernel", "dense"}
 
 
-def test_where_decode_and_unpacking_take_part() -> None:
+def test_where_the_kernel_and_unpacking_take_part() -> None:
     rows = run(tokens=(63, 512, 513))
     took = {(row["tokens"], row["backend"]) for row in rows}
-    assert {(63, DECODE), (512, DECODE), (512, UNPACKED), (513, UNPACKED)} < took
-    assert not {(63, UNPACKED), (513, DECODE)} & took
+    assert {(63, KERNEL), (512, KERNEL), (512, UNPACKED), (513, UNPACKED)} < took
+    assert not {(63, UNPACKED), (513, KERNEL)} & took
 
 
 def test_bytes() -> None:
@@ -150,7 +150,7 @@ def test_a_layer_is_the_same_dense_and_packed() -> None:
 def test_a_wrong_or_failing_way_is_a_row(broken: Callable[..., Tensor], note: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "sparse_linear_24", broken)
     rows = run(tokens=(64,))
-    (row,) = (row for row in rows if row["backend"] == DECODE)
+    (row,) = (row for row in rows if row["backend"] == KERNEL)
     assert row["note"].startswith(note)
     assert "us" not in row
     assert all(row["us"] > 0 for row in rows if row["backend"] in (DENSE, UNPACKED, OURS))
@@ -193,10 +193,10 @@ def failed_notes(clock: BrokenClock) -> dict[str, str]:
 
 
 def test_a_failing_capture_takes_no_other_with_it() -> None:
-    assert failed_notes(BrokenClock(DECODE)) == {DECODE: "RuntimeError: operation not permitted when stream is capturing"}
+    assert failed_notes(BrokenClock(KERNEL)) == {KERNEL: "RuntimeError: operation not permitted when stream is capturing"}
     assert set(failed_notes(BrokenClock(OURS))) == {OURS}
-    assert set(failed_notes(BrokenClock(DENSE))) == {DENSE, DECODE, UNPACKED}
-    assert set(failed_notes(BrokenClock(finish=True))) == {DENSE, DECODE, UNPACKED}
+    assert set(failed_notes(BrokenClock(DENSE))) == {DENSE, KERNEL, UNPACKED}
+    assert set(failed_notes(BrokenClock(finish=True))) == {DENSE, KERNEL, UNPACKED}
 
 
 def test_out_of_memory_is_a_row_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +227,9 @@ def test_a_refused_shape_is_a_row() -> None:
 
 
 def test_the_fastest_is_chosen() -> None:
-    timings = times(**{DENSE: 1.0, DECODE: 3.0, LIBRARY: 2.0, UNPACKED: 4.0, DEFAULT: 0.5})
+    timings = times(**{DENSE: 1.0, KERNEL: 3.0, LIBRARY: 2.0, UNPACKED: 4.0, DEFAULT: 0.5})
     assert fastest(64, timings, (7, 2, 1)) == Point(64, "library", (7, 2, 1))
-    assert fastest(64, timings | times(**{DECODE: 1.5}), (7, 2, 1)) == Point(64, "decode")
+    assert fastest(64, timings | times(**{KERNEL: 1.5}), (7, 2, 1)) == Point(64, "kernel")
     assert fastest(64, timings | times(**{UNPACKED: 1.5}), (7, 2, 1)) == Point(64, "dense")
     assert fastest(64, times(**{DENSE: 1.0}), None) == Point(64, "dense")
 
@@ -238,18 +238,18 @@ def test_break_even_points() -> None:
     def row(backend: str, tokens: int, speed_up: float | None, mode: str = "graph") -> dict[str, Any]:
         return {"backend": backend, "out": 64, "in": 128, "mode": mode, "tokens": tokens, "speed_up": speed_up}
 
-    rows = [row(DECODE, n, s) for n, s in ((1, 1.7), (2, 1.6), (4, 0.9), (8, 1.1), (16, 0.5))]
+    rows = [row(KERNEL, n, s) for n, s in ((1, 1.7), (2, 1.6), (4, 0.9), (8, 1.1), (16, 0.5))]
     rows += [row(LIBRARY, n, s) for n, s in ((1, 1.2), (2, 0.6), (4, 1.0), (8, 1.1), (16, 1.3))]
     rows += [row(OURS, n, s) for n, s in ((4, 0.97), (8, 1.1), (1, 1.7))]
     rows += [
-        row(DECODE, 1, 0.9, "eager"),
+        row(KERNEL, 1, 0.9, "eager"),
         row(LIBRARY, 1, 0.1, "eager"),
         row(DEFAULT, 1, 2.0, "eager"),
         {"backend": UNPACKED, "note": "failed"},
     ]
     graph, eager = summarise(rows)
-    assert graph == {"shape": "64x128", "mode": "graph", "decode_until": 2, "library_from": 4, "lowest": 0.97, "lowest_at": 4}
-    assert eager == {"shape": "64x128", "mode": "eager", "decode_until": None, "library_from": None, "lowest": None, "lowest_at": None}
+    assert graph == {"shape": "64x128", "mode": "graph", "kernel_until": 2, "library_from": 4, "lowest": 0.97, "lowest_at": 4}
+    assert eager == {"shape": "64x128", "mode": "eager", "kernel_until": None, "library_from": None, "lowest": None, "lowest_at": None}
     assert summarise([]) == []
 
 
@@ -271,23 +271,23 @@ def test_nothing_is_saved_unasked() -> None:
 
 def test_sparse_linear_uses_what_was_just_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(choice, "can_decode", lambda device: True)  # else decode is no choice on a CPU
-    monkeypatch.setattr(linear, "fastest", lambda tokens, timings, algorithm: Point(tokens, "decode"))
+    monkeypatch.setattr(choice, "has_kernel", lambda device: True)  # else the kernel is no choice on a CPU
+    monkeypatch.setattr(linear, "fastest", lambda tokens, timings, algorithm: Point(tokens, "kernel"))
     monkeypatch.setattr(
         linear,
         "checked",
         lambda found, w, x: seen.append(choose(CPU, torch.bfloat16, *SHAPE, len(x), captured=True).backend) or (found, {}),
     )
     run()
-    assert seen == ["decode", "decode"]
-    assert choose(CPU, torch.bfloat16, *SHAPE, 64, captured=True) == Point(choice.DECODE_MOST, "decode")  # the built-in threshold
-    assert choose(CPU, torch.bfloat16, *SHAPE, choice.DECODE_MOST + 1, captured=True).backend == "dense"
+    assert seen == ["kernel", "kernel"]
+    assert choose(CPU, torch.bfloat16, *SHAPE, 64, captured=True) == Point(choice.KERNEL_MOST, "kernel")  # the built-in threshold
+    assert choose(CPU, torch.bfloat16, *SHAPE, choice.KERNEL_MOST + 1, captured=True).backend == "dense"
 
 
 def test_a_temporary_table() -> None:
     key = Key("bfloat16", 4, 4, "eager")
-    with temporary_table([Entry(key, (Point(1, "decode"),))]):
-        with temporary_table([Entry(key, (Point(2, "decode"),))]):
+    with temporary_table([Entry(key, (Point(1, "kernel"),))]):
+        with temporary_table([Entry(key, (Point(2, "kernel"),))]):
             assert choice._TEMPORARY[key][0].tokens == 2
         assert choice._TEMPORARY[key][0].tokens == 1
     assert not choice._TEMPORARY
@@ -318,7 +318,7 @@ def test_on_the_card() -> None:
     rows = list(LinearBench(shapes=((1024, 1024),), tokens=(1, 64, 1024), save=True).run(machine("cuda", quick=True)))
     timed = [row for row in rows if "us" in row]
     assert {row["mode"] for row in timed} == {"graph", "eager"}
-    assert {(row["backend"], row["tokens"]) for row in timed} >= {(DENSE, 1), (DECODE, 1), (OURS, 1), (UNPACKED, 64), (OURS, 1024)}
+    assert {(row["backend"], row["tokens"]) for row in timed} >= {(DENSE, 1), (KERNEL, 1), (OURS, 1), (UNPACKED, 64), (OURS, 1024)}
     assert all(0 < row["of_roof"] < 3 for row in timed if row["mode"] == "graph")  # type: ignore[operator]
     entries = load_table(table_path(torch.cuda.get_device_name()))
     assert {key.mode for key in entries} == {"graph", "eager"}

@@ -22,10 +22,10 @@ def decode(variant: str, batch: int, rate: float | None, model: str = "tiny") ->
 
 ROWS = [
     linear("dense", 1, 1.0),
-    linear("decode", 4, 1.2),
-    linear("decode", 1, 1.5),
+    linear("kernel", 4, 1.2),
+    linear("kernel", 1, 1.5),
     linear("SparseLinear", 1, 1.5, mode="eager"),
-    linear("decode", 1, 1.1, out=32),
+    linear("kernel", 1, 1.1, out=32),
     {"bench": "linear", "backend": "library", "note": "failed"},
     {"bench": "prox", "us": 3.0},
     decode("dense", 1, 100.0),
@@ -37,9 +37,9 @@ ROWS = [
 
 def test_a_panel_for_each_mode_and_shape_a_line_for_each_backend() -> None:
     assert curves(ROWS) == {
-        ("graph", "64x128"): {"decode": [(1, 1.5), (4, 1.2)]},
+        ("graph", "64x128"): {"kernel": [(1, 1.5), (4, 1.2)]},
         ("eager", "64x128"): {"SparseLinear": [(1, 1.5)]},
-        ("graph", "32x128"): {"decode": [(1, 1.1)]},
+        ("graph", "32x128"): {"kernel": [(1, 1.1)]},
     }
 
 

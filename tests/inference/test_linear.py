@@ -238,7 +238,7 @@ def test_the_operation_is_registered_as_torch_wants_it() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", ["decode", "library", "dense"])
+@pytest.mark.parametrize("backend", ["kernel", "library", "dense"])
 def test_every_backend(monkeypatch: pytest.MonkeyPatch, order: str, backend: str) -> None:
     """Which of them runs is faked; the kernel is the reference here, and the library stands for any."""
     layer, dense = pair(64, 64, dtype=torch.bfloat16)
@@ -520,10 +520,10 @@ def test_compiled_on_the_card(mode: str) -> None:
 def test_the_choice_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = pair(1024, 512, dtype=torch.bfloat16, device="cuda")
     used = []
-    for name in ("sparse_linear_24", "multiply"):
+    for name in ("kernel", "multiply"):
         real = getattr(multiply, name)
         monkeypatch.setattr(multiply, name, lambda *a, name=name, real=real, **o: used.append(name) or real(*a, **o))
-    for backend, expected in (("decode", ["sparse_linear_24"]), ("library", ["multiply"]), ("dense", [])):
+    for backend, expected in (("kernel", ["kernel"]), ("library", ["multiply"]), ("dense", [])):
         if backend == "library" and layer.layout.order == "linear":
             continue
         monkeypatch.setattr(multiply, "choose", lambda *a, backend=backend, **o: Point(64, backend))

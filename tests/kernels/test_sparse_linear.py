@@ -130,7 +130,6 @@ SCRIPT = textwrap.dedent(
         types = {name: "*" + dtype for name in ("x_ptr", "values_ptr", "bias_ptr", "y_ptr")}
         types |= {"metadata_ptr": "*i16", "tokens": "i32", "rows": "i32", "width": "i32"}
         settings = sparse_linear._settings(chosen, order, True)
-        warps = settings.pop("num_warps")
         signature = {name: types.get(name, "constexpr") for name in names}
         multiples = [name for name in types if name != "tokens"]
         least = -(-chosen.bytes // RESERVE_STEP.value)
@@ -138,7 +137,7 @@ SCRIPT = textwrap.dedent(
             constants = settings | {"RESERVED": reserved}
             source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()},
                                {(names.index(name),): [["tt.divisibility", 16]] for name in multiples})
-            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": chosen.warps})
             if made.metadata.shared >= chosen.bytes:
                 break
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxsparse_triton import mask_24, pack_24, sparse_linear_24, unpack_24
 from proxsparse_triton.errors import ConfigError, ShapeError
-from proxsparse_triton.ops.sparse_linear import takes
+from proxsparse_triton.ops.sparse_linear import on_hopper, takes
 from proxsparse_triton.reference.metadata import ORDERS, reorder
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -91,9 +91,50 @@ def test_every_launch_on_the_card(tokens: int, order: str, dtype: torch.dtype) -
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph() -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 9, 16, 31, 64, 65, 97, 128, 129, 200, 333, 600])
+def test_the_kernel_for_hopper_on_the_card(tokens: int, dtype: torch.dtype) -> None:
+    """Rows that do not fill its programs, columns that its clusters do not part evenly, and turns of 64 columns."""
+    for rows, width in ((64, 64), (192, 320), (1088, 1088), (2112, 4160), (20544, 448), (4096, 4096)):
+        values, metadata = packed(rows, width, dtype, "hopper", "cuda")
+        linear = packed(rows, width, dtype, "linear", "cuda")[1]
+        x, bias = inputs(tokens, width, dtype=dtype, device="cuda"), inputs(rows, dtype=dtype, device="cuda", seed=2)
+        for b in (bias, None):
+            y = sparse_linear_24(x, values, metadata, b, order="hopper", backend="triton")
+            check(y, x, values, linear, b)
+            assert torch.equal(y, sparse_linear_24(x, values, metadata, b, order="hopper")), "not deterministic"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 6, 8])
+def test_clusters_of_every_size_on_the_card(splits: int) -> None:
+    from proxsparse_triton.kernels import hopper
+    from proxsparse_triton.kernels.hopper_launch import launches
+
+    if not on_hopper(torch.device("cuda"), "hopper"):
+        pytest.skip("needs compute capability 9.0")
+    rows, width = 1088, 3136
+    values, metadata = packed(rows, width, torch.bfloat16, "hopper", "cuda")
+    linear = packed(rows, width, torch.bfloat16, "linear", "cuda")[1]
+    for tokens in (13, 100, 300):
+        x, bias = inputs(tokens, width, dtype=torch.bfloat16, device="cuda"), inputs(rows, dtype=torch.bfloat16, device="cuda", seed=2)
+        forms = {}
+        for launch in launches({13: 16, 100: 128}.get(tokens, tokens), width):
+            if launch.splits == splits:
+                forms[launch.groups, launch.warpgroups, launch.tokens > 128] = launch
+        assert forms
+        for launch in forms.values():
+            y = torch.full((tokens, rows), float("nan"), dtype=torch.bfloat16, device="cuda")
+            hopper.sparse_linear(x, values, metadata, bias, y, launch)
+            check(y, x, values, linear, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_in_a_cuda_graph(tokens: int) -> None:
     values, metadata = packed(512, 1024, torch.bfloat16, "hopper", "cuda")
-    x = inputs(4, 1024, dtype=torch.bfloat16, device="cuda")
+    x = inputs(tokens, 1024, dtype=torch.bfloat16, device="cuda")
     expected = sparse_linear_24(x, values, metadata, order="hopper")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
