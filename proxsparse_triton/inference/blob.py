@@ -71,6 +71,16 @@ class Layout:
             return Parts(values, self.metadata(blob)[first * words : (first + rows) * words], "hopper")
         return Parts(values, self.linear_metadata(blob)[first : first + rows], "linear")
 
+    def addresses(self, blob: Tensor, first: int, rows: int) -> tuple[int, int] | None:
+        """Where the values and the metadata of rows begin, at multiples of 16 bytes: views cost the host as much as a launch. None where
+        they lie elsewhere, or are no part of the blob in its order.
+        """
+        if rows != self.out_features and self.order != "linear" and (self.order != "hopper" or first % TILE_ROWS or rows % TILE_ROWS):
+            return None
+        values = blob.data_ptr() + first * self.in_features * self.dtype.itemsize // 2
+        metadata = blob.data_ptr() + self.metadata_offset + first * row_words(self.in_features) * torch.int16.itemsize
+        return None if values % ALIGNMENT or metadata % ALIGNMENT else (values, metadata)
+
     def dense(self, blob: Tensor, first: int, rows: int) -> Tensor:
         """Rows of the weight, unpacked: [rows, in]."""
         values, metadata, order = self.parts(blob, first, rows)

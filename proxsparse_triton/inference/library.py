@@ -154,6 +154,8 @@ def _padded(x: Tensor) -> Tensor:
 
 def is_captured(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.dispatch import traced
-from ..ops.sparse_linear import multiply as kernel
-from ..ops.sparse_linear import on_hopper, takes
+from ..ops.sparse_linear import multiply_at, on_hopper, sparse_linear_24, takes
 from .blob import Layout
 from .choice import KERNEL_MOST, choose, has_kernel
 from .library import CUSPARSELT, Algorithm, find_library, found_algorithm, is_captured, multiply
@@ -75,26 +74,38 @@ _sparse_linear.register_autograd(_backward, setup_context=_keep)
 
 def _compute(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int) -> Tensor:
     flat = x.reshape(-1, layout.in_features).contiguous()
-    tokens = flat.shape[0]
+    tokens, device = flat.shape[0], flat.device
+    shape = (*x.shape[:-1], rows)
     if tokens == 0 or rows == 0:
-        return x.new_empty((*x.shape[:-1], rows))
-    captured = flat.is_cuda and is_captured(flat.device)
-    point = choose(flat.device, layout.dtype, layout.out_features, layout.in_features, tokens, captured=captured)
+        return x.new_empty(shape)
+    captured = flat.is_cuda and is_captured(device)
+    point = choose(device, layout.dtype, layout.out_features, layout.in_features, tokens, captured=captured)
     y = None
     if point.backend == "library" and rows == layout.out_features:
         y = _by_library(flat, blob, bias, layout, point.algorithm, captured)
-    fast = tokens <= KERNEL_MOST or on_hopper(flat.device, layout.order, layout.in_features)
-    if y is None and (point.backend == "kernel" or (point.backend == "library" and fast and has_kernel(flat.device))):
-        y = _by_kernel(flat, blob, bias, layout, first, rows)
+    if y is None and (point.backend == "kernel" or (point.backend == "library" and _instead(layout, tokens, device))):
+        y = _by_kernel(flat, blob, bias, layout, first, rows, shape)
     if y is None:
         y = F.linear(flat, layout.dense(blob, first, rows), bias)
-    return y.view((*x.shape[:-1], rows))
+    return y if y.dim() == len(shape) else y.view(shape)
 
 
-def _by_kernel(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int) -> Tensor | None:
+def _instead(layout: Layout, tokens: int, device: torch.device) -> bool:
+    """Whether our kernel takes the place of a library that cannot."""
+    return has_kernel(device) and (tokens <= KERNEL_MOST or on_hopper(device, layout.order, layout.in_features))
+
+
+def _by_kernel(
+    x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int, shape: tuple[int, ...]
+) -> Tensor | None:
     """None where the kernel does not take the shape."""
+    place = layout.addresses(blob, first, rows) if x.is_cuda else None
+    if place is not None:
+        fits = takes(rows, layout.in_features, layout.dtype, layout.order)
+        return multiply_at(x, *place, bias, layout.order, shape) if fits else None
     values, metadata, order = layout.parts(blob, first, rows)
-    return kernel(x, values, metadata, bias, order) if takes(rows, layout.in_features, layout.dtype, order) else None
+    fits = takes(rows, layout.in_features, layout.dtype, order)
+    return sparse_linear_24(x, values, metadata, bias, order=order, backend="triton") if fits else None
 
 
 def _by_library(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, algorithm: Algorithm | None, captured: bool) -> Tensor | None:

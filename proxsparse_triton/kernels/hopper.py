@@ -1,5 +1,6 @@
 """y = x @ w.T + bias for any number of tokens, w in its packed 2:4 form, on Hopper's warpgroups, in clusters that part the columns."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from .staging import commit, copy_once, copy_past, get_four, meet_all, reserve, 
 from .warpgroup import finish_24, get_four_of, meet_cluster, publish_copies, put_float, start_24
 
 PAD = tl.constexpr(4)  # fp32 beyond the rows of a token: eight rows of four pairs of tokens then lie in 32 banks
-BATCH = tl.constexpr(4)  # of 16 bytes from each program, that a lane has under way at the end
+FAR = tl.constexpr(16)  # times 16 bytes that a lane has under way at the end
 
 
 @triton.jit
@@ -115,6 +116,7 @@ def _finish(
     ROW: tl.constexpr = GROUPS * 256 + PAD * 4  # bytes of a token's sums
     FOURS: tl.constexpr = GROUPS * 16  # of rows
     STEPS: tl.constexpr = (TOKENS * FOURS + THREADS * SPLITS - 1) // (THREADS * SPLITS)
+    BATCH: tl.constexpr = min(STEPS, FAR // SPLITS, FAR // 2)
     tokens, rows, _width = sizes
     lane = thread % 32
     wait(0)
@@ -185,20 +187,21 @@ def _hopper_kernel(
         reserve(y_ptr, RESERVED)
 
 
-def sparse_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, y: Tensor, launch: Warpgroups) -> None:
-    """Writes x @ w.T + bias into y [tokens, out]; x [tokens, in] and all others contiguous, 16-byte aligned, of one 16-bit dtype.
+def sparse_linear(x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor | None, y: Tensor, launch: Warpgroups) -> None:
+    """Writes x @ w.T + bias into y [..., out]; x [tokens, in] and all others contiguous, 16-byte aligned, of one 16-bit dtype.
 
-    out divides by 64, in by `launch.columns`; metadata in the "hopper" order. Compute capability 9.0.
+    values, metadata: tensors or their addresses, the metadata in the "hopper" order. out divides by 64, in by `launch.columns`. Compute
+    capability 9.0.
     """
     tokens, width = x.shape
-    rows = y.shape[1]
-    if y.numel() == 0:
+    rows = y.shape[-1]
+    if tokens == 0:
         return
+    kind, device, given = x.dtype, x.device, None if bias is None else bias.dtype
     run(
-        _hopper_kernel, ("hopper", x.device, x.dtype, rows, width, None if bias is None else bias.dtype, launch),
-        (triton.cdiv(rows, launch.rows), triton.cdiv(tokens, launch.tokens), 1),
+        _hopper_kernel, ("hopper", device, kind, rows, width, given, launch), (-(-rows // launch.rows), -(-tokens // launch.tokens), 1),
         (x, values, metadata, values if bias is None else bias, y, tokens, rows, width),
-        lambda: settings(launch, bias is not None), shared=launch.bytes, warps=launch.warps, cluster=launch.splits,
+        (kind, kind, torch.int16, given or kind, kind, tokens, rows, width), lambda: settings(launch, bias is not None), launch, device,
     )  # fmt: skip
 
 

@@ -48,6 +48,10 @@ class Warpgroups:
     splits: int
 
     @property
+    def cluster(self) -> int:
+        return self.splits
+
+    @property
     def warps(self) -> int:
         return 4 * self.warpgroups
 

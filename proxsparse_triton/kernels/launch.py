@@ -70,6 +70,8 @@ class Decode:
     token_tiles: int
     tokens: int
 
+    cluster = 1
+
     @property
     def warps(self) -> int:
         return self.column_warps * self.row_warps

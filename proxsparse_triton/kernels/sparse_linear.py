@@ -1,5 +1,6 @@
 """y = x @ w.T + bias for few tokens, w in its packed 2:4 form: 9/16 of the bytes, read once, at the roof of memory."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -331,23 +332,28 @@ def _finish(
                 )  # fmt: skip
 
 
-def sparse_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, y: Tensor, order: str, launch: Decode) -> None:
-    """Writes x @ w.T + bias into y [tokens, out]; x [tokens, in] and all others contiguous, 16-byte aligned, of one 16-bit dtype.
+def sparse_linear(
+    x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor | None, y: Tensor, order: str, launch: Decode
+) -> None:
+    """Writes x @ w.T + bias into y [..., out]; x [tokens, in] and all others contiguous, 16-byte aligned, of one 16-bit dtype.
 
-    out and in divide by 16, in the "hopper" order by 64 and 32, in the "ampere" order by 32.
+    values, metadata: tensors, or on a GPU their addresses. out and in divide by 16, in the "hopper" order by 64 and 32, in the "ampere"
+    order by 32.
     """
     tokens, width = x.shape
-    rows = y.shape[1]
-    if y.numel() == 0:
+    rows = y.shape[-1]
+    if tokens == 0:
         return
-    grid = (triton.cdiv(rows, launch.rows), triton.cdiv(tokens, launch.token_tiles * 8), 1)
+    grid = (-(-rows // launch.rows), -(-tokens // (launch.token_tiles * 8)), 1)
     arguments = (x, values, metadata, values if bias is None else bias, y, tokens, rows, width)
     if not x.is_cuda:
         _sparse_linear_kernel[grid](*arguments, **_settings(launch, order, bias is not None), RESERVED=0, num_warps=launch.warps)
         return
+    kind, device, given = x.dtype, x.device, None if bias is None else bias.dtype
     run(
-        _sparse_linear_kernel, (x.device, x.dtype, rows, width, None if bias is None else bias.dtype, order, launch), grid, arguments,
-        lambda: _settings(launch, order, bias is not None), shared=launch.bytes, warps=launch.warps,
+        _sparse_linear_kernel, (device, kind, rows, width, given, order, launch), grid, arguments,
+        (kind, kind, torch.int16, given or kind, kind, tokens, rows, width), lambda: _settings(launch, order, bias is not None), launch,
+        device,
     )  # fmt: skip
 
 

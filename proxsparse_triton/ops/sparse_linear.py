@@ -47,30 +47,41 @@ def _launch(device: torch.device, tokens: int, rows: int, in_features: int, orde
     return launch.decode(tokens, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-def multiply(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, order: str) -> Tensor:
-    """`sparse_linear_24` in Triton, without its checks, for x [tokens, in_features] that fit: what a layer calls that has made them."""
-    return _compute(x, values, metadata, bias, order, "triton")
+def multiply_at(x: Tensor, values: int, metadata: int, bias: Tensor | None, order: str, shape: tuple[int, ...]) -> Tensor:
+    """`sparse_linear_24` on a GPU without its checks: what a layer calls that has made them, by the addresses of its weight.
+
+    Args: x [tokens, in_features], contiguous. values, metadata: addresses, at multiples of 16 bytes. shape: of y, [..., out].
+    """
+    y = x.new_empty(shape)
+    _run(x, values, metadata, bias, y, order)
+    return y
 
 
 def _compute(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, order: str, backend: str) -> Tensor:
     if backend == "reference":
         return reference.sparse_linear_24(x, values, metadata, bias, order)
+    y = torch.empty((x.shape[0], values.shape[0]), dtype=x.dtype, device=x.device)
+    if y.numel():
+        _run(x, _aligned(values), _aligned(metadata), bias, y, order)
+    return y
+
+
+def _run(x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor | None, y: Tensor, order: str) -> None:
     from ..kernels import hopper, sparse_linear
     from ..kernels.launch import Decode
 
-    tokens, rows = x.shape[0], values.shape[0]
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
-    values, metadata, bias = _aligned(values), _aligned(metadata), None if bias is None else bias.contiguous()
-    for first in range(0, tokens, MOST_TOKENS):
-        part, y_part = (x, y) if tokens <= MOST_TOKENS else (each[first : first + MOST_TOKENS] for each in (x, y))
-        launch = _launch(x.device, part.shape[0], rows, x.shape[1], order)
-        if isinstance(launch, Decode):
-            sparse_linear.sparse_linear(_aligned(part), values, metadata, bias, y_part, order, launch)
-        else:
-            hopper.sparse_linear(_aligned(part), values, metadata, bias, y_part, launch)
-    return y
+    tokens, in_features = x.shape
+    if tokens > MOST_TOKENS:
+        rows = y.view(tokens, -1)
+        for first in range(0, tokens, MOST_TOKENS):
+            _run(x[first : first + MOST_TOKENS], values, metadata, bias, rows[first : first + MOST_TOKENS], order)
+        return
+    x, bias = _aligned(x), None if bias is None else bias.contiguous()
+    launch = _launch(x.device, tokens, y.shape[-1], in_features, order)
+    if isinstance(launch, Decode):
+        sparse_linear.sparse_linear(x, values, metadata, bias, y, order, launch)
+    else:
+        hopper.sparse_linear(x, values, metadata, bias, y, launch)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -520,10 +520,10 @@ def test_compiled_on_the_card(mode: str) -> None:
 def test_the_choice_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = pair(1024, 512, dtype=torch.bfloat16, device="cuda")
     used = []
-    for name in ("kernel", "multiply"):
+    for name in ("multiply_at", "multiply"):
         real = getattr(multiply, name)
         monkeypatch.setattr(multiply, name, lambda *a, name=name, real=real, **o: used.append(name) or real(*a, **o))
-    for backend, expected in (("kernel", ["kernel"]), ("library", ["multiply"]), ("dense", [])):
+    for backend, expected in (("kernel", ["multiply_at"]), ("library", ["multiply"]), ("dense", [])):
         if backend == "library" and layer.layout.order == "linear":
             continue
         monkeypatch.setattr(multiply, "choose", lambda *a, backend=backend, **o: Point(64, backend))
