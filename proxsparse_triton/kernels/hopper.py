@@ -187,11 +187,12 @@ def _hopper_kernel(
         reserve(y_ptr, RESERVED)
 
 
-def sparse_linear(x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor | None, y: Tensor, launch: Warpgroups) -> None:
+def sparse_linear(
+    x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor | None, y: Tensor, order: str, launch: Warpgroups
+) -> None:
     """Writes x @ w.T + bias into y [..., out]; x [tokens, in] and all others contiguous, 16-byte aligned, of one 16-bit dtype.
 
-    values, metadata: tensors or their addresses, the metadata in the "hopper" order. out divides by 64, in by `launch.columns`. Compute
-    capability 9.0.
+    values, metadata: tensors or their addresses. order: "hopper". out divides by 64, in by `launch.columns`. Compute capability 9.0.
     """
     tokens, width = x.shape
     rows = y.shape[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,7 @@ from ..sparsity import BLOCK, KEPT, check_width
 from .dispatch import check_floating, check_like, choose_backend, traced
 
 if TYPE_CHECKING:
-    from ..kernels.hopper_launch import Warpgroups
-    from ..kernels.launch import Decode
+    from ..kernels.compiled import Launch
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # What out_features and in_features must divide by: the sparse tensor cores take 16 rows, copies 16 bytes, and each order has its tiles.
@@ -36,15 +36,17 @@ def on_hopper(device: torch.device, order: str, in_features: int = HOPPER_COLUMN
 
 
 @functools.lru_cache(4096)
-def _launch(device: torch.device, tokens: int, rows: int, in_features: int, order: str) -> Decode | Warpgroups:
-    from ..kernels import hopper_launch, launch
+def _launch(device: torch.device, tokens: int, rows: int, in_features: int, order: str) -> tuple[Launch, Callable[..., None]]:
+    """How, and by which kernel."""
+    from ..kernels import hopper, hopper_launch, launch, sparse_linear
 
     if device.type != "cuda":
-        return launch.INTERPRETED_DECODE[8 if tokens <= 8 else 64]
+        return launch.INTERPRETED_DECODE[8 if tokens <= 8 else 64], sparse_linear.sparse_linear
     properties = torch.cuda.get_device_properties(device)
     if on_hopper(device, order, in_features) and (tokens > FEW_TOKENS or rows >= MANY_ROWS):
-        return hopper_launch.hopper(tokens, rows, in_features, properties.multi_processor_count)
-    return launch.decode(tokens, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        return hopper_launch.hopper(tokens, rows, in_features, properties.multi_processor_count), hopper.sparse_linear
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return launch.decode(tokens, rows, properties.multi_processor_count, shared), sparse_linear.sparse_linear
 
 
 def multiply_at(x: Tensor, values: int, metadata: int, bias: Tensor | None, order: str, shape: tuple[int, ...]) -> Tensor:
@@ -67,9 +69,6 @@ def _compute(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, o
 
 
 def _run(x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor | None, y: Tensor, order: str) -> None:
-    from ..kernels import hopper, sparse_linear
-    from ..kernels.launch import Decode
-
     tokens, in_features = x.shape
     if tokens > MOST_TOKENS:
         rows = y.view(tokens, -1)
@@ -77,11 +76,8 @@ def _run(x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor |
             _run(x[first : first + MOST_TOKENS], values, metadata, bias, rows[first : first + MOST_TOKENS], order)
         return
     x, bias = _aligned(x), None if bias is None else bias.contiguous()
-    launch = _launch(x.device, tokens, y.shape[-1], in_features, order)
-    if isinstance(launch, Decode):
-        sparse_linear.sparse_linear(x, values, metadata, bias, y, order, launch)
-    else:
-        hopper.sparse_linear(x, values, metadata, bias, y, launch)
+    launch, kernel = _launch(x.device, tokens, y.shape[-1], in_features, order)
+    kernel(x, values, metadata, bias, y, order, launch)
 
 
 def _aligned(x: Tensor) -> Tensor:

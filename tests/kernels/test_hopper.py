@@ -129,4 +129,5 @@ def test_compiled() -> None:
         assert report["usage"]["REG"] * 32 * one.warps <= 65536, (one, report)
         assert one.bytes <= report["shared"] <= SHARED, (one, report)
         assert report["products"] == one.groups // one.warpgroups * one.columns // 32, (one, report)
-        assert report["far"] == (4 * one.splits if one.splits > 1 else 0), (one, report)
+        steps = -(-one.tokens * one.groups * 16 // (one.warps * 32 * one.splits))
+        assert report["far"] == (one.splits * min(steps, 16 // one.splits, 8) if one.splits > 1 else 0), (one, report)

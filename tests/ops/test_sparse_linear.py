@@ -126,7 +126,7 @@ def test_clusters_of_every_size_on_the_card(splits: int) -> None:
         assert forms
         for launch in forms.values():
             y = torch.full((tokens, rows), float("nan"), dtype=torch.bfloat16, device="cuda")
-            hopper.sparse_linear(x, values, metadata, bias, y, launch)
+            hopper.sparse_linear(x, values, metadata, bias, y, "hopper", launch)
             check(y, x, values, linear, bias)
 
 
