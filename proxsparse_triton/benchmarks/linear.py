@@ -45,6 +45,7 @@ ROUNDS = 7
 ROTATED = 1_000_000_000
 BACKENDS = {KERNEL: "kernel", LIBRARY: "library", UNPACKED: "dense"}  # between which SparseLinear chooses, by its names for them
 ALL = "all"  # in a row about every way
+EAGER_CALL = 1e-3  # seconds of the host that a call of cuSPARSELt takes at most; from 0.3 ms on, from one minute to the next
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,14 @@ class Choices:
         return Key(dtype_name(DTYPE), *self._shape, mode)
 
 
-def fastest(tokens: int, timings: Mapping[str, Timing], algorithm: Algorithm | None) -> Point:
-    """The choice for a count of tokens: dense, which is always possible, where nothing was measured."""
-    names = [name for name in BACKENDS if name in timings]
-    best = min(names, key=lambda name: timings[name].median, default=UNPACKED)
+def fastest(tokens: int, timings: Mapping[str, Timing], algorithm: Algorithm | None, mode: str = "graph") -> Point:
+    """The choice for a count of tokens: dense, which is always possible, where nothing was measured.
+
+    In eager code cuSPARSELt counts with what a call can cost the host, not with what it happened to cost in this minute.
+    """
+    least = EAGER_CALL if mode == "eager" and algorithm is not None else 0.0
+    seconds = {name: max(timings[name].median, least if name == LIBRARY else 0.0) for name in BACKENDS if name in timings}
+    best = min(seconds, key=lambda name: seconds[name], default=UNPACKED)
     return Point(tokens, BACKENDS[best], algorithm if best == LIBRARY else None)
 
 
@@ -198,7 +203,7 @@ def _measured(layer: Layer, tokens: int, choices: Choices, place: Machine, roof:
         yield from case.rows(ways, timings, failures | failed, roof)
         if not timings:
             continue
-        point = fastest(tokens, timings, searched)
+        point = fastest(tokens, timings, searched, mode)
         choices.add(mode, point)
         # The dispatcher with what was just measured, against dense at the same moment. It is checked in eager code, hence both keys.
         with temporary_table(Entry(choices.key(one), (point,)) for one in MODES):

@@ -17,10 +17,10 @@ from ..evaluation.memory import is_out_of_memory
 from ..inference.choice import has_kernel
 from ..inference.library import CUSPARSELT, Algorithm, find_library, multiply, search_algorithm, takes
 from ..inference.linear import SparseLinear
-from ..inference.multiply import NO_ALGORITHM
+from ..inference.multiply import NO_ALGORITHM, by_kernel
 from ..models.checkpoint import one_line
 from ..ops import mask_24, pack_24
-from ..ops.sparse_linear import on_hopper, sparse_linear_24
+from ..ops.sparse_linear import on_hopper
 from ..ops.sparse_linear import takes as kernel_takes
 from .prox import SIGMA
 from .timer import Clock, Machine, Rival, Roof, Timing, measure
@@ -128,8 +128,10 @@ def _kernel_ways(layer: Layer, x: Tensor) -> list[Way]:
 
     def call(index: int) -> Tensor:
         packed = layer.packed[index]
-        values, metadata, order = packed.layout.parts(packed.packed, 0, packed.out_features)
-        return sparse_linear_24(x, values, metadata, order=order)
+        y = by_kernel(x, packed.packed, None, packed.layout, 0, packed.out_features, (len(x), packed.out_features))
+        if y is None:
+            raise BackendError("the kernel does not take this shape")
+        return y
 
     return [Way(KERNEL, call)]
 

@@ -36,7 +36,7 @@ VERSION = 2
 KERNEL_TOKENS = {True: 512, False: 128}  # of the kernel for Hopper, of the other
 KERNEL_MOST = 512  # of the other kernel, where there is no library
 # In eager code cuSPARSELt builds a plan in each call: 0.3 to 1.1 ms of the host, the time of some thousand tokens. A graph replays without.
-EAGER_LIBRARY_TOKENS = {True: 8192, False: 4096}
+EAGER_LIBRARY_TOKENS = 4096
 UNBOUNDED = 2**62
 
 
@@ -96,9 +96,9 @@ def default_points(library: str | None, mode: str, *, hopper: bool = False) -> t
         return Point(KERNEL_MOST, "kernel"), Point(UNBOUNDED, "dense")
     if library != CUSPARSELT or mode != "eager":
         return Point(KERNEL_TOKENS[hopper], "kernel"), Point(UNBOUNDED, "library")
-    last = EAGER_LIBRARY_TOKENS[hopper] - 1
-    before = (Point(last, "kernel"),) if hopper else (Point(KERNEL_MOST, "kernel"), Point(last, "dense"))
-    return *before, Point(UNBOUNDED, "library")
+    if hopper:
+        return (Point(UNBOUNDED, "kernel"),)
+    return Point(KERNEL_MOST, "kernel"), Point(EAGER_LIBRARY_TOKENS - 1, "dense"), Point(UNBOUNDED, "library")
 
 
 def possible(points: Iterable[Point], *, kernel: bool, library: bool) -> tuple[Point, ...]:
@@ -138,9 +138,9 @@ def _points(device: torch.device, dtype: torch.dtype, out_features: int, in_feat
     if measured is None and dtype == torch.float16:  # the same bytes, kernels and tensor cores
         measured = _measured(device, Key(dtype_name(torch.bfloat16), out_features, in_features, mode))
     order = library.order if taken else "linear"
-    hopper = sparse_linear.on_hopper(device, order, in_features)
-    points = measured or default_points(library.name if taken else None, mode, hopper=hopper)
     kernel = has_kernel(device) and sparse_linear.takes(out_features, in_features, dtype, order)
+    hopper = kernel and sparse_linear.on_hopper(device, order, in_features)
+    points = measured or default_points(library.name if taken else None, mode, hopper=hopper)
     return possible(points, kernel=kernel, library=taken)
 
 
@@ -197,7 +197,8 @@ def _read_once(path: Path) -> Table:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # ConfigError is a ValueError
-        warnings.warn(f"SparseLinear: ignored the measured table {path} ({type(error).__name__}: {error}). Delete it.", stacklevel=2)
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"SparseLinear: ignored the measured table {path} ({problem}). Measure again, or delete it.", stacklevel=2)
         return {}
 
 

@@ -84,7 +84,7 @@ def _compute(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first
     if point.backend == "library" and rows == layout.out_features:
         y = _by_library(flat, blob, bias, layout, point.algorithm, captured)
     if y is None and (point.backend == "kernel" or (point.backend == "library" and _instead(layout, tokens, device))):
-        y = _by_kernel(flat, blob, bias, layout, first, rows, shape)
+        y = by_kernel(flat, blob, bias, layout, first, rows, shape)
     if y is None:
         y = F.linear(flat, layout.dense(blob, first, rows), bias)
     return y if y.dim() == len(shape) else y.view(shape)
@@ -95,10 +95,8 @@ def _instead(layout: Layout, tokens: int, device: torch.device) -> bool:
     return has_kernel(device) and (tokens <= KERNEL_MOST or on_hopper(device, layout.order, layout.in_features))
 
 
-def _by_kernel(
-    x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int, shape: tuple[int, ...]
-) -> Tensor | None:
-    """None where the kernel does not take the shape."""
+def by_kernel(x: Tensor, blob: Tensor, bias: Tensor | None, layout: Layout, first: int, rows: int, shape: tuple[int, ...]) -> Tensor | None:
+    """Our kernel for x [tokens, in_features]: y of `shape`, or [tokens, rows]; None where it does not take the shape."""
     place = layout.addresses(blob, first, rows) if x.is_cuda else None
     if place is not None:
         fits = takes(rows, layout.in_features, layout.dtype, layout.order)

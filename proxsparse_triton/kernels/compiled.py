@@ -58,12 +58,26 @@ def _compile(kernel: Any, types: tuple[object, ...], settings: dict[str, object]
         compiled = kernel.warmup(*types, **settings, RESERVED=reserved, num_warps=launch.warps, grid=(1,))
         if compiled.metadata.shared >= launch.bytes:
             if launch.cluster > 1:
-                # Triton's own clusters (num_ctas) part every tensor of a program among them. Here each program keeps its own, and only the
-                # launch says that some belong together: Triton's launcher takes it from here.
-                compiled._init_handles()
-                compiled.packed_metadata = (launch.warps, launch.cluster, compiled.metadata.shared)
+                _in_clusters(compiled, launch)
             return compiled, (*settings.values(), reserved)
     raise BackendError(
         f"sparse_linear_24: expected {launch.bytes} bytes of shared memory from Triton {triton.__version__}, got "
         f"{compiled.metadata.shared}. Use backend='reference', and report this version."
     )
+
+
+def _in_clusters(compiled: Any, launch: Launch) -> None:
+    """Have programs launched in clusters.
+
+    Triton's own clusters (num_ctas) part every tensor of a program among them. Here each program keeps its own, and only the launch says
+    that some belong together: Triton's launcher takes it from (warps, clusters, shared memory).
+    """
+    compiled._init_handles()
+    warps, shared = launch.warps, compiled.metadata.shared
+    found, meant = tuple(compiled.packed_metadata), (warps, launch.cluster, shared)
+    if found not in ((warps, 1, shared), meant):  # meant: this kernel served other sizes before
+        raise BackendError(
+            f"sparse_linear_24: expected Triton to launch by (warps, clusters, shared memory), got {found} from version "
+            f"{triton.__version__}. Use backend='reference', and report this version."
+        )
+    compiled.packed_metadata = meant

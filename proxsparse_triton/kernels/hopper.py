@@ -161,9 +161,9 @@ def _hopper_kernel(
     """y[token, row] = sum over blocks and kept weights of value * x[token, 4 block + position] (+ bias[row]), summed in fp32.
 
     One program owns 64 GROUPS rows, TOKENS tokens, and every turn of COLUMNS columns that is its share of the SPLITS programs of its
-    cluster; these add their sums through each other's shared memory, in a fixed order. Memory passes 9/8 bytes a weight of 2 bytes, once;
-    x passes from L2 once for every 64 GROUPS rows. Both go through a ring of STAGES in shared memory, from which the tensor cores read
-    them as they are: 64 bytes of x a token and 2 KB of values for each 64 rows x 32 columns, which is what limits many tokens.
+    cluster; these add their sums through each other's shared memory, in a fixed order. Read are 9/8 bytes a weight of 2 bytes, again for
+    every TOKENS tokens, and x once for every 64 GROUPS rows. Both go through a ring of STAGES in shared memory, from which the tensor
+    cores read them as they are: 64 bytes of x a token and 2 KB of values for each 64 rows x 32 columns, which is what limits many tokens.
     """
     THREADS: tl.constexpr = WARPGROUPS * 128
     OWN: tl.constexpr = GROUPS // WARPGROUPS  # groups of a warpgroup

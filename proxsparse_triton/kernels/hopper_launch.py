@@ -11,6 +11,7 @@ import triton
 
 TOKENS = (8, 16, 32, 64, 96, 128)  # of a program that takes all there are
 TOKENS_OF_MANY = (96, 128, 176, 192, 256)
+STEPS = ((512, 64), (2048, 256), (1 << 62, 1024))  # up to so many tokens, multiples of this share a launch: each is compiled once
 SPLITS = (1, 2, 3, 4, 6, 8)
 LEAST_STAGES, MOST_STAGES = 3, 12
 PROGRAMS = 4  # of a multiprocessor, at most
@@ -73,11 +74,12 @@ class Warpgroups:
 
 def hopper(tokens: int, rows: int, width: int, multiprocessors: int) -> Warpgroups:
     """The launch for so many tokens, out_features and in_features, a multiple of 64."""
-    many = [most for most in TOKENS if most >= tokens]
-    return _hopper(many[0] if many else triton.cdiv(tokens, 64) * 64, rows, width, multiprocessors)  # few kernels, compiled once
+    step = next((step for most, step in STEPS if tokens <= most), STEPS[-1][1])
+    few = next((most for most in TOKENS if most >= tokens), None)
+    return _hopper(few or -(-tokens // step) * step, rows, width, multiprocessors)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(4096)
 def _hopper(tokens: int, rows: int, width: int, multiprocessors: int) -> Warpgroups:
     return min(launches(tokens, width), key=lambda launch: microseconds(launch, tokens, rows, width, multiprocessors))
 
@@ -100,6 +102,7 @@ def launches(tokens: int, width: int) -> Iterator[Warpgroups]:
                 )
 
 
+@functools.cache
 def _stages(groups: int, warpgroups: int, tokens: int, columns: int, programs: int) -> int:
     """The most with which so many programs fit a multiprocessor; 0: none."""
     for stages in range(MOST_STAGES, 0, -1):
@@ -108,9 +111,14 @@ def _stages(groups: int, warpgroups: int, tokens: int, columns: int, programs: i
     return 0
 
 
+def granted(launch: Warpgroups) -> int:
+    """Bytes of shared memory that the compiler gives: 16 KiB at a time."""
+    return int(triton.cdiv(launch.bytes, 16384)) * 16384
+
+
 def _granted(launch: Warpgroups) -> int:
-    """Bytes of shared memory that a program takes: the compiler gives 16 KiB at a time, and the card keeps 1 KiB of each."""
-    return int(triton.cdiv(launch.bytes, 16384)) * 16384 + 1024
+    """And the 1 KiB that the card keeps of each program."""
+    return granted(launch) + 1024
 
 
 def microseconds(launch: Warpgroups, tokens: int, rows: int, width: int, multiprocessors: int) -> float:

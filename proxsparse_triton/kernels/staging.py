@@ -32,7 +32,7 @@ def reserve(pointer, stages: tl.constexpr):
 
 @triton.jit
 def copy_once(to, source, size):
-    """16 bytes that no other program reads: past L1, and the 256 bytes around them into L2. `size` 0 fills with zeros and reads nothing."""
+    """16 bytes that nobody else reads soon: past L1, and the 256 bytes around them into L2. `size` 0 fills with zeros and reads nothing."""
     tl.inline_asm_elementwise(
         "cp.async.cg.shared.global.L2::256B [$1], [$2], 16, $3; mov.b32 $0, 0;",
         "=r,r,l,r", [to, source, size], dtype=tl.int32, is_pure=False, pack=1,
@@ -55,7 +55,7 @@ def copy_again(to, source, size, here):
 
 @triton.jit
 def copy_past(to, source, here):
-    """16 bytes past L1, where `here`: they are in L2, and no other program of the multiprocessor reads them."""
+    """16 bytes past L1, where `here`: no other program of the multiprocessor reads them."""
     tl.inline_asm_elementwise(
         """{
             .reg .pred here;

@@ -75,7 +75,7 @@ def _run(x: Tensor, values: Tensor | int, metadata: Tensor | int, bias: Tensor |
         for first in range(0, tokens, MOST_TOKENS):
             _run(x[first : first + MOST_TOKENS], values, metadata, bias, rows[first : first + MOST_TOKENS], order)
         return
-    x, bias = _aligned(x), None if bias is None else bias.contiguous()
+    x, bias = _aligned(x), None if bias is None else _aligned(bias)
     launch, kernel = _launch(x.device, tokens, y.shape[-1], in_features, order)
     kernel(x, values, metadata, bias, y, order, launch)
 

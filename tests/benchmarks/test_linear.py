@@ -142,13 +142,14 @@ def test_a_layer_is_the_same_dense_and_packed() -> None:
 @pytest.mark.parametrize(
     ("broken", "note"),
     [
-        (lambda x, values, metadata, order: x.new_zeros(len(x), len(values)), "wrong: 100.00% from the fp32 product's answers"),
-        (lambda x, values, metadata, order: x.new_full((len(x), len(values)), torch.nan), "wrong: nan% from"),
-        (lambda x, values, metadata, order: values[10**6], "IndexError: "),
+        (lambda x, blob, bias, layout, first, rows, shape: x.new_zeros(shape), "wrong: 100.00% from the fp32 product's answers"),
+        (lambda x, blob, bias, layout, first, rows, shape: x.new_full(shape, torch.nan), "wrong: nan% from"),
+        (lambda x, blob, bias, layout, first, rows, shape: blob[10**9], "IndexError: "),
+        (lambda x, blob, bias, layout, first, rows, shape: None, "the kernel does not take this shape"),
     ],
 )
 def test_a_wrong_or_failing_way_is_a_row(broken: Callable[..., Tensor], note: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "sparse_linear_24", broken)
+    monkeypatch.setattr(ways, "by_kernel", broken)
     rows = run(tokens=(64,))
     (row,) = (row for row in rows if row["backend"] == KERNEL)
     assert row["note"].startswith(note)
@@ -232,6 +233,11 @@ def test_the_fastest_is_chosen() -> None:
     assert fastest(64, timings | times(**{KERNEL: 1.5}), (7, 2, 1)) == Point(64, "kernel")
     assert fastest(64, timings | times(**{UNPACKED: 1.5}), (7, 2, 1)) == Point(64, "dense")
     assert fastest(64, times(**{DENSE: 1.0}), None) == Point(64, "dense")
+    # In eager code a call of cuSPARSELt counts a millisecond at least; CUTLASS has no algorithm, and counts as measured.
+    for milliseconds, expected in ((0.9, "kernel"), (1.1, "library")):
+        both = times(**{KERNEL: milliseconds, LIBRARY: 0.5})
+        assert fastest(64, both, (7, 2, 1), "eager").backend == expected
+        assert fastest(64, both, (7, 2, 1), "graph").backend == fastest(64, both, None, "eager").backend == "library"
 
 
 def test_break_even_points() -> None:
@@ -272,7 +278,7 @@ def test_nothing_is_saved_unasked() -> None:
 def test_sparse_linear_uses_what_was_just_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(choice, "has_kernel", lambda device: True)  # else the kernel is no choice on a CPU
-    monkeypatch.setattr(linear, "fastest", lambda tokens, timings, algorithm: Point(tokens, "kernel"))
+    monkeypatch.setattr(linear, "fastest", lambda tokens, timings, algorithm, mode: Point(tokens, "kernel"))
     monkeypatch.setattr(
         linear,
         "checked",

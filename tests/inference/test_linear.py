@@ -82,6 +82,19 @@ def test_rows_are_views_where_the_order_allows(order: str) -> None:
     assert parts.values.untyped_storage().data_ptr() == layer.packed.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize(("first", "rows"), [(0, 192), (64, 64), (0, 128), (32, 96), (3, 17), (16, 8)])
+def test_addresses_are_where_the_views_begin(order: str, first: int, rows: int) -> None:
+    layer, _ = pair(192, 64, dtype=torch.float16)
+    places, parts = layer.layout.addresses(layer.packed, first, rows), layer.layout.parts(layer.packed, first, rows)
+    if places is None:  # copies, or no multiples of 16 bytes
+        inside = parts.metadata.untyped_storage().data_ptr() == layer.packed.untyped_storage().data_ptr()
+        assert not inside or parts.metadata.data_ptr() % 16 or parts.values.data_ptr() % 16
+    else:
+        assert places == (parts.values.data_ptr(), parts.metadata.data_ptr())
+        assert parts.order == layer.layout.order
+    assert (places is not None) or (first, rows) != (0, 192)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_copy_of_nine_sixteenths(dtype: torch.dtype) -> None:
     layer, dense = pair(128, 64, bias=False, dtype=dtype)

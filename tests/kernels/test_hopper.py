@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from proxsparse_triton.kernels.hopper_launch import Warpgroups, hopper, launches, microseconds
+from proxsparse_triton.kernels.hopper_launch import Warpgroups, granted, hopper, launches, microseconds
 
 H200, H100_PCIE = 132, 114  # multiprocessors
 SHARED = 232448  # bytes that a program may use
@@ -26,7 +26,7 @@ def test_every_count_has_a_launch_that_fits(rows: int, width: int) -> None:
     for tokens in [*range(1, 130), *range(130, 1100, 37), 4096, 16384]:
         for multiprocessors in (H200, H100_PCIE):
             launch = hopper(tokens, rows, width, multiprocessors)
-            assert launch.bytes <= SHARED
+            assert launch.bytes <= granted(launch) <= SHARED
             assert launch.stage % 1024 == 0
             assert width % launch.columns == 0
             assert launch.groups % launch.warpgroups == 0
@@ -52,7 +52,7 @@ def test_the_measured_launches_are_chosen_on_the_card_they_were_measured_on() ->
 
 
 def test_the_model_is_near_what_was_measured() -> None:
-    """Medians of graphs on an H200 in bf16, and what they should stay: less than any card could take, and no slower with more of it."""
+    """Medians of graphs on an H200 in bf16; more columns take longer, and fewer multiprocessors no less."""
     for launch, tokens, rows, width, measured in (
         (Warpgroups(1, 1, 64, 128, 8, 2), 64, 4096, 4096, 9.15),
         (Warpgroups(2, 2, 128, 128, 4, 1), 128, 11008, 4096, 22.6),

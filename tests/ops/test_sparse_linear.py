@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxsparse_triton import mask_24, pack_24, sparse_linear_24, unpack_24
 from proxsparse_triton.errors import ConfigError, ShapeError
-from proxsparse_triton.ops.sparse_linear import on_hopper, takes
+from proxsparse_triton.ops.sparse_linear import _launch, on_hopper, takes
 from proxsparse_triton.reference.metadata import ORDERS, reorder
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -96,7 +96,7 @@ def test_every_launch_on_the_card(tokens: int, order: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("tokens", [1, 9, 16, 31, 64, 65, 97, 128, 129, 200, 333, 600])
 def test_the_kernel_for_hopper_on_the_card(tokens: int, dtype: torch.dtype) -> None:
     """Rows that do not fill its programs, columns that its clusters do not part evenly, and turns of 64 columns."""
-    for rows, width in ((64, 64), (192, 320), (1088, 1088), (2112, 4160), (20544, 448), (4096, 4096)):
+    for rows, width in ((64, 64), (192, 320), (1088, 1152), (2112, 4160), (20544, 384), (4096, 4096)):
         values, metadata = packed(rows, width, dtype, "hopper", "cuda")
         linear = packed(rows, width, dtype, "linear", "cuda")[1]
         x, bias = inputs(tokens, width, dtype=dtype, device="cuda"), inputs(rows, dtype=dtype, device="cuda", seed=2)
@@ -107,14 +107,29 @@ def test_the_kernel_for_hopper_on_the_card(tokens: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.gpu
+def test_which_kernel_runs_on_the_card() -> None:
+    from proxsparse_triton.kernels import hopper, sparse_linear
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    there = torch.cuda.get_device_capability(device) == (9, 0)
+    assert on_hopper(device, "hopper", 4096) == there
+    assert not on_hopper(device, "linear", 4096)
+    assert not on_hopper(device, "hopper", 4128)
+    for tokens, rows, own in ((8, 4096, False), (8, 16384, True), (9, 4096, True), (300, 64, True)):
+        assert _launch(device, tokens, rows, 4096, "hopper")[1] is (hopper if own and there else sparse_linear).sparse_linear
+        assert _launch(device, tokens, rows, 4096, "linear")[1] is sparse_linear.sparse_linear
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [3136, 3200])  # turns of 64 columns, and of 128; neither parts evenly
 @pytest.mark.parametrize("splits", [1, 2, 3, 4, 6, 8])
-def test_clusters_of_every_size_on_the_card(splits: int) -> None:
+def test_clusters_of_every_size_on_the_card(splits: int, width: int) -> None:
     from proxsparse_triton.kernels import hopper
     from proxsparse_triton.kernels.hopper_launch import launches
 
     if not on_hopper(torch.device("cuda"), "hopper"):
         pytest.skip("needs compute capability 9.0")
-    rows, width = 1088, 3136
+    rows = 1088
     values, metadata = packed(rows, width, torch.bfloat16, "hopper", "cuda")
     linear = packed(rows, width, torch.bfloat16, "linear", "cuda")[1]
     for tokens in (13, 100, 300):
