@@ -81,7 +81,7 @@ class _Notes(Progress):
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def evaluate(**options: Any) -> None:
-    """Measure the model at PATH (a folder, a Hub id, or `demo`).
+    """Measure the model at PATH (a folder, a Hub id, or `demo`); a packed folder is run packed.
 
     For a run of `pst prune` the dense original is measured too, on the same windows and tasks, and the table shows the recovery: what
     the pruned model keeps, in per cent (100 is as good as dense).
@@ -94,12 +94,12 @@ def evaluate(**options: Any) -> None:
     _check_usage(settings)
 
     from ..evaluation.harness import load_tasks
-    from ..models.loading import load_tokenizer, resolve_model
+    from ..models.loading import load_tokenizer
     from .console import console_progress
 
     place = _place(settings.device)
     notes = _Notes()
-    source = resolve_model(settings.path)
+    source = _source(settings.path)
     dense = _dense_source(settings, source, notes)
     seqlen = _seqlen(settings, [source] if dense is None else [source, dense])
     tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code, progress=notes)
@@ -145,6 +145,19 @@ def _place(device: str | None) -> str:
     if device == "cuda" and not available:
         raise BackendError("eval: expected a CUDA GPU for --device cuda, got none. Use --device cpu, or install torch with CUDA.")
     return device or ("cuda" if available else "cpu")
+
+
+def _source(path: str) -> ModelSource:
+    """What to measure: a model as `resolve_model` finds it, or a packed folder, which runs packed."""
+    from pathlib import Path
+
+    from ..formats.packed import is_packed_folder, read_packed
+    from ..models.loading import ModelSource, resolve_model
+
+    if not is_packed_folder(Path(path)):
+        return resolve_model(path)
+    packed = read_packed(path, verify_hashes=False)  # its loading compares the hashes
+    return ModelSource(path, packed.folder, None, packed.weight_files)
 
 
 def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> ModelSource | None:
@@ -245,6 +258,8 @@ def _measure(
 
     from ..evaluation.harness import run_tasks
     from ..evaluation.perplexity import perplexity
+    from ..export import load_packed
+    from ..formats.packed import is_packed_folder
     from ..models.loading import load_model
     from .console import console_progress
 
@@ -252,7 +267,10 @@ def _measure(
     notes = _Notes()
     notes.note(f"Loading {source.spec}.")
     gc.collect()
-    model = load_model(source, dtype=dtype, device=place, trust_remote_code=settings.trust_remote_code)
+    if is_packed_folder(source.folder):
+        model = load_packed(source.folder, dtype=dtype, device=place, trust_remote_code=settings.trust_remote_code)
+    else:
+        model = load_model(source, dtype=dtype, device=place, trust_remote_code=settings.trust_remote_code)
     with console_progress() as progress:
         found = tuple(perplexity(model, text.tokens, batch_size=settings.batch_size, progress=progress) for text in texts)
     tasks = None

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from packing import magnitude_run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxsparse_triton.cli import main
 from proxsparse_triton.commands import eval as module
+from proxsparse_triton.export import export_run
 from proxsparse_triton.formats.manifest import write_manifest
 
 datasets = pytest.importorskip("datasets")
@@ -75,6 +77,23 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the weights were loaded before the check")
 
     monkeypatch.setattr("proxsparse_triton.models.loading.load_model", load_model)
+
+
+def test_a_packed_folder_runs_packed(tmp_path: Path) -> None:
+    """On a CPU the weight is unpacked for each product: the same numbers as its run's, and the same original to compare with."""
+    run_folder = magnitude_run(tmp_path / "run")
+    folder = export_run(str(run_folder), tmp_path / "packed", format="packed").folder
+    dense, packed = measured(run_folder, *TEXT), measured(folder, *TEXT)
+    assert packed["model"] == str(folder)
+    assert packed["dense"] == dense["dense"] == str(ASSET)
+    (one,), (other,) = packed["perplexity"], dense["perplexity"]
+    assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+    assert one["dense"] == other["dense"] < one["perplexity"]
+    shard = next(folder.glob("packed-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in failed(folder, *TEXT)
 
 
 def test_json_names_corpus_length_and_count() -> None:
