@@ -68,7 +68,7 @@ def test_the_model_is_near_what_was_measured() -> None:
 # A process of its own: under TRITON_INTERPRET=1 the kernels are numpy and cannot be compiled.
 SCRIPT = textwrap.dedent(
     """
-    import json, pathlib, re, subprocess, sys, tempfile
+    import json, sys
 
     import triton
     from triton.backends.compiler import GPUTarget
@@ -76,8 +76,8 @@ SCRIPT = textwrap.dedent(
 
     from proxsparse_triton.kernels import hopper, hopper_launch
     from proxsparse_triton.kernels.staging import RESERVE_STEP
+    from tests.resources import usage
 
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     kernel = hopper._hopper_kernel
     names = kernel.arg_names
     for dtype, numbers in json.loads(sys.argv[1]):
@@ -89,13 +89,8 @@ SCRIPT = textwrap.dedent(
                            {(names.index(name),): value for name, value in constants.items()},
                            {(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "tokens"})
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(made.asm["cubin"])
-            file.flush()
-            text = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", text)}
         ptx = made.asm["ptx"]
-        print(json.dumps({"shared": made.metadata.shared, "usage": usage, "products": ptx.count("wgmma.mma_async.sp."),
+        print(json.dumps({"shared": made.metadata.shared, "usage": usage(made.asm["cubin"]), "products": ptx.count("wgmma.mma_async.sp."),
                           "far": ptx.count("ld.shared::cluster")}), flush=True)
     """
 )

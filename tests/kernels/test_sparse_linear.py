@@ -1,4 +1,4 @@
-"""The sparse tensor cores' product in plain Triton, the launches of the decode kernel, and what the compiler makes of them."""
+"""The sparse tensor cores' product in plain Triton, the launches of the kernel for few tokens, and what the compiler makes of them."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _product_kernel() -> Any:
 # A process of its own: under TRITON_INTERPRET=1 the kernels are numpy and cannot be compiled.
 SCRIPT = textwrap.dedent(
     """
-    import json, pathlib, re, subprocess, sys, tempfile
+    import json, re, sys
 
     import triton
     from triton.backends.compiler import GPUTarget
@@ -121,8 +121,8 @@ SCRIPT = textwrap.dedent(
 
     from proxsparse_triton.kernels import launch, sparse_linear
     from proxsparse_triton.kernels.staging import RESERVE_STEP
+    from tests.resources import usage
 
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     kernel = sparse_linear._sparse_linear_kernel
     names = kernel.arg_names
     for arch, dtype, order, numbers in json.loads(sys.argv[1]):
@@ -140,13 +140,9 @@ SCRIPT = textwrap.dedent(
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": chosen.warps})
             if made.metadata.shared >= chosen.bytes:
                 break
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(made.asm["cubin"])
-            file.flush()
-            text = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", text)}
         ptx = made.asm["ptx"]
-        print(json.dumps({"shared": made.metadata.shared, "usage": usage, "products": ptx.count("mma.sp::ordered_metadata"),
+        print(json.dumps({"shared": made.metadata.shared, "usage": usage(made.asm["cubin"]),
+                          "products": ptx.count("mma.sp::ordered_metadata"),
                           "narrow": len(re.findall(r"ld.global(?!.nc.L1)", ptx))}), flush=True)
     """
 )
