@@ -26,6 +26,7 @@ from .formats.folder import check_output, check_space, output_folder
 from .formats.manifest import write_manifest
 from .formats.masks import save_masks
 from .methods.base import Method, PruneResult, PruneTask, build_method
+from .methods.repair import Repair
 from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
 from .models.selection import LayerPlan, plan_layers
 from .progress import SILENT, Progress
@@ -57,6 +58,8 @@ class RunConfig:
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     overwrite: bool = False
+    repair: str | None = None  # of the kept weights, once the mask is fixed: both, least-squares or finetune
+    repair_steps: int | None = None
     gpu_memory: float | None = None  # GB that learning keeps within, by activation checkpointing; None: all of the GPU
     revision: str | None = None
     trust_remote_code: bool = False
@@ -69,8 +72,15 @@ class RunConfig:
             raise ConfigError(f"prune: expected --seqlen of at least 2, got {self.seqlen}. Choose another value.")
         if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
             raise ConfigError(f"prune: expected --gpu-memory above 0, got {self.gpu_memory}. Give the GPU's size in GB.")
+        if self.repair is None and self.repair_steps is not None:
+            raise ConfigError("prune: expected --repair-steps with --repair, got it alone. Add --repair, or leave it out.")
+        self.repairing()  # its own checks
         if self.dtype not in ("float32", "bfloat16"):  # fp16 gradients underflow without loss scaling
             raise ConfigError(f"prune: expected --dtype float32 or bfloat16, got {self.dtype!r}. Choose one of these.")
+
+    def repairing(self) -> Repair | None:
+        """What repairs the kept weights; None where that was not asked for."""
+        return None if self.repair is None else Repair(self.repair, self.repair_steps)  # type: ignore[arg-type]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -132,7 +142,7 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     check_space(config.output, sum(path.stat().st_size for path in source.weight_files))
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, progress=progress)
     seqlen = checked_seqlen(config.seqlen, load_config(source, trust_remote_code=config.trust_remote_code))
-    needs_text = any(method.needs_calibration for method in methods)
+    needs_text = config.repair is not None or any(method.needs_calibration for method in methods)
     calibration, evaluation = read_text(config, tokenizer, seqlen, needs_text, progress)
     model = load_model(source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
     plan = plan_layers(model, include=config.include, skip=config.skip)
@@ -229,10 +239,16 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
             reset_peak_memory(config.place)
             start = time.perf_counter()
             result = method.prune(task)
+            del task
+            gc.collect()
+            repair = config.repairing()
+            if repair is not None:
+                task = PruneTask(_dense(config, inputs), inputs.plan, windows, config.seed, config.memory, progress)
+                result = repair.run(task, result)
+                del task
+                gc.collect()
             seconds = time.perf_counter() - start
             peak = peak_memory(config.place)
-        del task
-        gc.collect()
         entry = {"method": config.method, "pattern": "2:4", "original": config.model, "weights_updated": result.weights is not None}
         write_pruned_model(inputs.source.folder, inputs.source.weight_files, out, result.masks, weights=result.weights, config_entry=entry)
         save_masks(out / "masks.safetensors", result.masks)
@@ -252,6 +268,11 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
 
 
 _ADVICE = "Lower --seqlen, --samples or --batch-size, or learn with --dtype bfloat16."
+
+
+def _dense(config: RunConfig, inputs: Inputs) -> nn.Module:
+    model: nn.Module = load_model(inputs.source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
+    return model
 
 
 def _measure_written(config: RunConfig, out: Path, inputs: Inputs, progress: Progress) -> float | None:

@@ -20,6 +20,7 @@ from .models.selection import plan_layers
 from .models.source import DEMO
 from .pipeline import RunConfig, checked_seqlen
 from .training import memory
+from .training.loop import steps_of
 
 # Dense bf16 tensor-core TFLOP/s and memory TB/s by the vendor's data sheet; fp32 learning runs on TF32, at half the rate. First match wins.
 GPUS = {
@@ -95,7 +96,7 @@ def predict(
     checkpointing = settings.needs_checkpointing(model, pruned, seqlen, limit)
     settings = dataclasses.replace(settings, weight_bits=weight_bits, moments=moments, checkpointing=checkpointing)
     step = settings.memory_of_step(model, pruned, seqlen, checkpointing=checkpointing, stored=stored)
-    steps = -(-samples // settings.batch_size) * settings.epochs
+    steps = steps_of(samples, settings.loop_config(samples))
     return MemoryPlan(step.items, _seconds(step, steps, dtype, device_name), steps, settings)
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class LearnBench:
     moments: Moments | None = None
     checkpointing: bool | None = None
     clip_mode: ClipMode = "total"
+    recipe: str = "paper"
+    loss: Literal["kl", "ce"] | None = None
     rival: bool = True
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class LearnBench:
     def _case(self, name: str, config: Any, place: Machine) -> Case:
         """The prediction of `pst prune --plan`, which also decides what was left open."""
         settings = ProxSparse(
+            recipe=self.recipe,
+            loss=self.loss,
             lambda1=LAMBDA1,
             lambda2=self.lambda2,
             frozen_eps=FROZEN_EPS,
@@ -130,7 +134,7 @@ class Case:
     @property
     def precision(self) -> str:
         settings = self.plan.settings
-        stored = f"{settings.weight_bits}-bit weights, {settings.moments} moments"
+        stored = f"recipe {settings.recipe}, loss {settings.objective.loss}, {settings.weight_bits}-bit weights, {settings.moments} moments"
         return f"{stored}, lambda2 {settings.lambda2:g}, checkpointing {'on' if settings.checkpointing else 'off'}"
 
     def predicted(self, loop: str) -> int:
@@ -192,13 +196,18 @@ def _turn(loop: str, model: nn.Module, windows: Sequence[Tensor], case: Case, pl
 
 
 def learn_ours(model: nn.Module, windows: Sequence[Tensor], case: Case, marks: _Marks) -> None:
-    """The loop of `pst prune`: prox on the decoder's Linears, plain AdamW on the rest, the total norm clipped."""
+    """The loop of `pst prune`, without its notes on the mask."""
     settings = case.plan.settings
-    linears = {f"{name}.weight": model.get_submodule(name) for name in plan_layers(model).selected()}
-    optimizer = settings.optimizer(model, linears, LR, LAMBDA1, 0)  # type: ignore[arg-type]
-    optimizer.register_step_pre_hook(marks.start)
-    optimizer.register_step_post_hook(marks.end)
-    learn(model, windows, optimizer, settings.loop_config(LR, checkpointing=bool(settings.checkpointing)))
+    linears = {f"{name}.weight": cast(nn.Linear, model.get_submodule(name)) for name in plan_layers(model).selected()}
+    device = next(model.parameters()).device
+    scaled = settings.recipe == "auto"  # their values change no time
+    scales = {name: torch.ones(linear.in_features, device=device) for name, linear in linears.items()} if scaled else {}
+    with settings.objective.of(model, linears, windows[0].to(device), scales) as prepared:
+        optimizer = settings.optimizer(model, linears, len(windows), scales)
+        optimizer.register_step_pre_hook(marks.start)
+        optimizer.register_step_post_hook(marks.end)
+        config = replace(settings.loop_config(len(windows), checkpointing=bool(settings.checkpointing)), epochs=1)
+        learn(model, windows, optimizer, config, prepared.loss)
 
 
 def learn_plain(model: nn.Module, windows: Sequence[Tensor], case: Case, marks: _Marks) -> None:
@@ -246,6 +255,8 @@ def _row(loop: str, case: Case, steps: int, figures: Mapping[str, Figures | None
         "model": case.name,
         "tokens": case.tokens,
         "steps": steps,
+        "recipe": settings.recipe if ours else None,
+        "loss": settings.objective.loss if ours else "ce",
         "lambda2": settings.lambda2 if ours else None,
         "weight_bits": settings.weight_bits if ours else 16,
         "moments": settings.moments if ours else "bfloat16",

@@ -79,6 +79,8 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option("--weight-bits", type=click.Choice(["16", "24", "32"]), help="learn: bits kept of a bf16 weight. [default: by model size]")
 @click.option("--moments", type=click.Choice(["float32", "bfloat16", "int8"]), help="learn: how they are stored. [default: by model size]")
 @click.option("--checkpointing/--no-checkpointing", default=None, help="learn: of activations. [default: where it does not fit without]")
+@click.option("--recipe", type=click.Choice(["paper", "auto"]), help="learn: what is learned from. [default: paper]")
+@click.option("--loss", type=click.Choice(["kl", "ce"]), help="learn: instead of the recipe's.")
 @click.option("--clip-mode", type=click.Choice(["total", "loss"]), help="learn: the norm of which gradient is clipped. [default: total]")
 @click.option(
     "--rival/--no-rival",

@@ -13,14 +13,44 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+
+class AutoOrNumber(click.ParamType):  # type: ignore[type-arg]
+    """ "auto", which is what leaving the option out means, or a number."""
+
+    name = "auto|number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto" or isinstance(value, float):
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"expected auto or a number, got {value!r}", param, ctx)
+
+
+AUTO = AutoOrNumber()
+
 # Options that belong to a method: its dataclass has a field of the same name. None means "the method's default".
 METHOD_OPTIONS = (
-    click.option("--lambda1", type=float, help="proxsparse: strength of the 2:4 regulariser. Default: from weight scale and steps."),
+    click.option("--recipe", type=click.Choice(["auto", "paper"]), help="proxsparse: nothing to tune, or as published. Default: auto."),
+    click.option("--loss", type=click.Choice(["kl", "ce"]), help="proxsparse: divergence from the dense model, or cross-entropy."),
+    click.option(
+        "--forward",
+        type=click.Choice(["masked", "learned"]),
+        help="proxsparse: the loss sees the original weights under the current mask, or the learned weights.",
+    ),
+    click.option("--prox-scale", type=click.Choice(["activations", "none"]), help="proxsparse: what prox and mask measure weights by."),
+    click.option("--train", type=click.Choice(["pruned", "all"]), help="proxsparse: only the layers to prune learn, or all parameters."),
+    click.option("--temperature", type=float, help="proxsparse: of --loss kl. Default: 2."),
+    click.option(
+        "--lambda1", type=AUTO, metavar="auto|X", help="proxsparse: strength of the 2:4 regulariser. Default: from scale and steps."
+    ),
     click.option("--lambda2", type=float, help="proxsparse: strength of the frozen-weight penalty. Default: 0, off."),
     click.option("--frozen-eps", type=float, help="proxsparse: eps of the frozen-weight penalty. Default: 0.1."),
-    click.option("--lr", type=float, help="proxsparse: peak learning rate. Default: from weight scale and steps."),
+    click.option("--lr", type=AUTO, metavar="auto|X", help="proxsparse: peak learning rate. Default: from weight scale and steps."),
     click.option("--batch-size", type=int, help="proxsparse: windows per step. Default: 1."),
-    click.option("--epochs", type=int, help="proxsparse: passes over the windows. Default: 1."),
+    click.option("--epochs", type=int, help="proxsparse: passes over the windows. Default: as make 800 windows, at most 4; paper: 1."),
+    click.option("--steps", type=int, help="proxsparse: optimiser steps, with as many passes as that takes; instead of --epochs."),
     click.option("--weight-bits", type=int, help="proxsparse: 16, 24 or 32 bits kept of bf16 weights. Default: by model size."),
     click.option(
         "--moments",
@@ -41,7 +71,8 @@ METHOD_OPTIONS = (
     click.option("--mask-only", is_flag=True, default=None, help="sparsegpt: its mask on the original weights, none updated."),
 )
 METHOD_FIELDS = (
-    *("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "weight_bits", "moments", "clip_mode", "checkpointing"),
+    *("recipe", "loss", "forward", "prox_scale", "train", "temperature"),
+    *("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "steps", "weight_bits", "moments", "clip_mode", "checkpointing"),
     *("dampening", "mask_only"),
 )
 
@@ -67,6 +98,14 @@ RUN_OPTIONS = (
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of learning."),
     click.option("--include", multiple=True, metavar="REGEX", help="Only layers whose name matches. May be repeated."),
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave out layers whose name matches. May be repeated."),
+    click.option(
+        "--repair",
+        type=click.Choice(["both", "least-squares", "finetune"]),
+        is_flag=False,
+        flag_value="both",
+        help="Once the mask is fixed, change the kept weights to lose less: least squares by layer, masked fine-tuning, or (alone) both.",
+    ),
+    click.option("--repair-steps", type=int, metavar="N", help="Steps of fine-tuning. [default: the auto recipe's passes]"),
     click.option("--overwrite", is_flag=True, help="Replace an earlier run of pst at RUN (never anything else)."),
     click.option("--revision", metavar="COMMIT", help="Branch, tag or commit of a Hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
@@ -88,7 +127,7 @@ def with_options(options: tuple[Command, ...]) -> Command:
 def method_settings(options: dict[str, Any]) -> dict[str, object]:
     """Takes the method's options out of `options`; those not given are left out."""
     taken = {name: options.pop(name) for name in METHOD_FIELDS if name in options}
-    return {name: value for name, value in taken.items() if value is not None}
+    return {name: value for name, value in taken.items() if value is not None and (value != "auto" or name == "recipe")}
 
 
 def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:

@@ -70,7 +70,7 @@ class Method(Protocol):
     def prune(self, task: PruneTask) -> PruneResult: ...
 
 
-_NOT_METHODS = {"base", "presets"}
+_NOT_METHODS = {"base", "presets", "recipes", "repair"}
 
 
 def method_names() -> list[str]:

@@ -6,27 +6,30 @@ Source: Liu et al. 2025 (arXiv 2502.00258), Algorithm 1; docs/math.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from statistics import median
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
+from ..models.statistics import input_rms
+from ..ops import mask_24
 from ..optim.prox_adamw import ProxAdamW
 from ..training import memory
 from ..training.loop import LoopConfig, learn, steps_of
+from ..training.objective import Objective
+from ..training.pretrained import mask_scores
+from ..training.watch import MaskWatch
 from .base import PruneResult, PruneTask
-from .magnitude import magnitude_mask
+from .recipes import PROX_SCALES, recipe
 
 Moments = Literal["float32", "bfloat16", "int8"]
 ClipMode = Literal["total", "loss", "none"]
 
-# Dimensionless strengths of the published Llama-2-7B setting: lambda1 * steps * sigma and lr * steps / sigma, sigma the rms of the pruned
-# weights. Used where no lambda1 or lr is given: a number tuned for one model and step count is wrong for another.
-DEFAULT_STRENGTH = 2.0
-DEFAULT_TRAVEL = 2.0
+STATISTIC_WINDOWS = 128  # whose inputs are looked at for the column scales
 
 
 def default_precision(parameters: int, dtype: torch.dtype) -> tuple[int, Moments]:
@@ -38,6 +41,10 @@ def default_precision(parameters: int, dtype: torch.dtype) -> tuple[int, Moments
     return (16, "bfloat16") if parameters < 1e10 else (16, "int8")
 
 
+def root_mean_square(w: Tensor) -> float:
+    return math.sqrt(float(w.square().double().mean())) if w.numel() else 0.0
+
+
 def rms(weights: Mapping[str, nn.Linear]) -> float:
     """Root mean square over all weights together."""
     squares = torch.stack([linear.weight.detach().float().square().sum() for linear in weights.values()]).double().sum()
@@ -46,17 +53,28 @@ def rms(weights: Mapping[str, nn.Linear]) -> float:
 
 @dataclass(frozen=True)
 class ProxSparse:
-    """Settings of Algorithm 1. lambda1 acts after every step and is not multiplied by the learning rate."""
+    """Settings of Algorithm 1; what is None comes from the recipe. lambda1 acts after every step and is not multiplied by the lr.
 
-    lambda1: float | None = None  # None: DEFAULT_STRENGTH / (steps * rms)
+    With a column scale c, the prox acts on c * w and the mask is that of the largest |c w|; c is normalised so that c * w has the rms
+    of w, which leaves lambda1 its meaning.
+    """
+
+    recipe: str = "auto"
+    loss: Literal["kl", "ce"] | None = None
+    forward: Literal["masked", "learned"] | None = None
+    prox_scale: Literal["activations", "none"] | None = None
+    train: Literal["pruned", "all"] | None = None
+    temperature: float | None = None
+    lambda1: float | None = None  # None: the recipe's strength for the rms of the weights and the number of steps
     lambda2: float = 0.0
     frozen_eps: float = 0.1
-    lr: float | None = None  # None: DEFAULT_TRAVEL * rms / steps
+    lr: float | None = None  # None: the recipe's travel for the rms of the weights and the number of steps
     warmup: float = 0.1
     clip: float = 1.0
     clip_mode: ClipMode = "total"  # the norm of which gradient; "none": no clipping, and each gradient is freed once it is used
     batch_size: int = 1
-    epochs: int = 1
+    epochs: int | None = None
+    steps: int | None = None  # instead of epochs
     weight_bits: int | None = None  # kept of bf16 weights; None: default_precision
     moments: Moments | None = None  # None: default_precision
     checkpointing: bool | None = None  # of activations; None: where the step would not fit into the GPU without
@@ -76,18 +94,34 @@ class ProxSparse:
             ("clip_mode", ("total", "loss", "none")),
             ("weight_bits", (16, 24, 32, None)),
             ("moments", ("float32", "bfloat16", "int8", None)),
+            ("prox_scale", (*PROX_SCALES, None)),
         ):
             if getattr(self, name) not in choices:
                 option, rule = f"--{name.replace('_', '-')}", ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ConfigError(f"proxsparse: expected {name} to be one of {rule}, got {getattr(self, name)!r}. Choose another {option}.")
-        self.loop_config(1.0 if self.lr is None else self.lr)  # its own checks, before any work
+        # Their own checks, before any work.
+        objective = self.objective
+        self.loop_config(1)
+        if self.temperature is not None and objective.loss != "kl":
+            raise ConfigError(
+                f"proxsparse: expected --temperature with --loss kl, got {objective.loss} (recipe {self.recipe}). Leave it out."
+            )
 
-    def loop_config(self, lr: float, *, checkpointing: bool = False) -> LoopConfig:
+    @property
+    def objective(self) -> Objective:
+        """The recipe's, with what was asked for in its place."""
+        asked = {name: getattr(self, name) for name in ("loss", "forward", "train", "temperature")}
+        return replace(recipe(self.recipe).objective, **{name: value for name, value in asked.items() if value is not None})
+
+    def loop_config(self, windows: int, *, checkpointing: bool = False) -> LoopConfig:
+        """For so many calibration windows."""
+        epochs = recipe(self.recipe).epochs(windows) if self.steps is None else 1
         return LoopConfig(
-            lr=lr,
+            lr=self.lr,
             warmup=self.warmup,
             batch_size=self.batch_size,
-            epochs=self.epochs,
+            epochs=epochs if self.epochs is None else self.epochs,
+            steps=self.steps,
             checkpointing=checkpointing,
             release_gradients=self.clip_mode == "none",
         )
@@ -117,9 +151,20 @@ class ProxSparse:
         Raises: ModelError: the step cannot be counted. ConfigError: no activation checkpointing in this model.
         """
         weight_bits, moments = self.precision(model)
-        pretrained = (stored or next(model.parameters()).dtype) if self.lambda2 > 0 else None
-        kept = memory.resident(model, pruned, memory.Storage(weight_bits, moments, pretrained))
-        step = memory.trace_step(model, self.batch_size, seqlen, checkpoint=checkpointing, release=self.clip_mode == "none")
+        objective = self.objective
+        pretrained = (stored or next(model.parameters()).dtype) if self.lambda2 > 0 or objective.keeps_pretrained else None
+        linears = {name: cast(nn.Linear, model.get_submodule(name.removesuffix(".weight"))) for name in pruned}
+        with objective.trainable(model, linears):
+            kept = memory.resident(model, pruned, memory.Storage(weight_bits, moments, pretrained))
+        step = memory.trace_step(
+            model,
+            self.batch_size,
+            seqlen,
+            checkpoint=checkpointing,
+            release=self.clip_mode == "none",
+            pruned=linears,
+            objective=objective,
+        )
         return memory.StepMemory(kept, step)
 
     def needs_checkpointing(self, model: nn.Module, pruned: Collection[str], seqlen: int, limit: int | None) -> bool:
@@ -148,18 +193,38 @@ class ProxSparse:
         except ModelError:
             return True
 
-    def optimizer(self, model: nn.Module, linears: Mapping[str, nn.Linear], lr: float, lambda1: float, seed: int) -> ProxAdamW:
-        """ProxAdamW over all trainable parameters: the selected weights with the prox, the others (embeddings, norms, head) without."""
+    def optimizer(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        steps: int,
+        scales: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int = 0,
+    ) -> ProxAdamW:
+        """ProxAdamW over all parameters that learn: the selected weights with the prox, others (embeddings, norms, head) without.
+
+        Args: steps: of the run, for strengths that are not given. scales: parameter name -> column_scale.
+        """
         weight_bits, moments = self.precision(model)
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [pair for pair in trainable if pair[0] in linears], "prox": True},
-            {"params": [pair for pair in trainable if pair[0] not in linears], "prox": False},
-        ]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        chosen, sigma = recipe(self.recipe), rms(linears)
+
+        def group(names: Sequence[str], sigma: float, **more: object) -> dict[str, object]:
+            lr = chosen.lr(sigma, steps) if self.lr is None else self.lr
+            lambda1 = chosen.lambda1(sigma, steps) if self.lambda1 is None else self.lambda1
+            return {"params": [(name, trainable[name]) for name in names], "lr": lr, "lambda1": lambda1, **more}
+
+        pruned = [name for name in trainable if name in linears]
+        if chosen.per_tensor or scales:
+            sigmas = {name: rms({name: linears[name]}) if chosen.per_tensor else sigma for name in pruned}
+            # A tensor of zeros has no scale of its own, and nothing to learn either.
+            groups = [group([n], sigmas[n] or sigma, prox=True, column_scale=(scales or {}).get(n)) for n in pruned]
+        else:
+            groups = [group(pruned, sigma, prox=True)]
+        groups.append(group([name for name in trainable if name not in linears], sigma, prox=False))
         return ProxAdamW(
-            [group for group in groups if group["params"]],
-            lr=lr,
-            lambda1=lambda1,
+            [some for some in groups if some["params"]],
             lambda2=self.lambda2,
             frozen_eps=self.frozen_eps,
             max_norm=None if self.clip_mode == "none" else self.clip,
@@ -169,6 +234,24 @@ class ProxSparse:
             seed=seed,
         )
 
+    def column_scales(self, task: PruneTask) -> dict[str, Tensor]:
+        """Parameter name -> c, the rms of each input feature over the first windows, such that rms(c * w) = rms(w); {} without scales.
+
+        A layer whose inputs are all zero has none: a note says so.
+        """
+        if (self.prox_scale or recipe(self.recipe).prox_scale) == "none":
+            return {}
+        linears = task.linears()
+        scales = input_rms(task.model, linears, task.windows[:STATISTIC_WINDOWS])
+        dead = [name for name, scale in scales.items() if not (scale > 0).any()]
+        for name in dead:
+            task.progress.note(f"{name}: expected inputs that are not all zero, got only zeros. Its mask is learned without activations.")
+        return {
+            name: scale * (rms({name: linears[name]}) / (root_mean_square(linears[name].weight.detach().float() * scale) or 1.0))
+            for name, scale in scales.items()
+            if name not in dead
+        }
+
     def prune(self, task: PruneTask) -> PruneResult:
         linears = task.linears()
         sigma = rms(linears)
@@ -176,40 +259,61 @@ class ProxSparse:
             raise ModelError(
                 f"proxsparse: expected finite weights that are not all zero, got a root mean square of {sigma}. Check the model."
             )
-        steps = steps_of(len(task.windows), self.loop_config(1.0))
-        lr = DEFAULT_TRAVEL * sigma / steps if self.lr is None else self.lr
-        lambda1 = DEFAULT_STRENGTH / (steps * sigma) if self.lambda1 is None else self.lambda1
-        optimizer = self.optimizer(task.model, linears, lr, lambda1, task.seed)
-        weight_bits, moments = self.precision(task.model)
         checkpointing = self._checkpointing(task)
-        task.progress.note(
-            f"proxsparse: {steps} steps, lambda1 {lambda1:.4g}, lambda2 {self.lambda2:.4g}, lr {lr:.4g}, weight rms {sigma:.4g}, "
-            f"{weight_bits}-bit weights, {moments} moments{', checkpointing' if checkpointing else ''}"
-        )
-        learn(
-            task.model,
-            task.windows,
-            optimizer,
-            self.loop_config(lr, checkpointing=checkpointing),
-            seed=task.seed,
-            progress=task.progress,
-            record=task.record,
-        )
-        share = float(optimizer.figures().share_24)
-        masks = {name: magnitude_mask(linear.weight) for name, linear in linears.items()}
-        return PruneResult(
-            masks,
-            summary={
-                "lambda1": lambda1,
-                "lr": lr,
-                "steps": steps,
-                "weight_rms": sigma,
-                "share_24": share,
-                "weight_bits": weight_bits,
-                "moments": moments,
-                "checkpointing": checkpointing,
-            },
-        )
+        config = self.loop_config(len(task.windows), checkpointing=checkpointing)
+        steps = steps_of(len(task.windows), config)
+        scales = self.column_scales(task)
+        window = task.windows[0].to(next(task.model.parameters()).device)
+        with self.objective.of(task.model, linears, window, scales) as prepared:
+            optimizer = self.optimizer(task.model, linears, steps, scales, seed=task.seed)
+            if prepared.pretrained is not None and self.lambda2 > 0:
+                optimizer.share_pretrained({linears[name].weight: w0 for name, w0 in prepared.pretrained.tensors.items()})
+            summary = self._summary(task.model, optimizer, steps, sigma, checkpointing)
+            task.progress.note(_describe(summary, len(task.windows), config.batch_size))
+            watch = MaskWatch(linears, scales, steps, masked=self.objective.forward == "masked")
+            learn(
+                task.model,
+                task.windows,
+                optimizer,
+                config,
+                prepared.loss,
+                watch,
+                seed=task.seed,
+                progress=task.progress,
+                record=task.record,
+            )
+        summary["share_24"] = float(optimizer.figures().share_24)
+        masks = {name: mask_24(mask_scores(linear.weight, scales.get(name))).cpu() for name, linear in linears.items()}
+        return PruneResult(masks, summary=summary)
+
+    def _summary(self, model: nn.Module, optimizer: ProxAdamW, steps: int, sigma: float, checkpointing: bool) -> dict[str, object]:
+        """What was derived where it was not asked for. lambda1, lr: of the median tensor."""
+        weight_bits, moments = self.precision(model)
+        groups = [group for group in optimizer.param_groups if group["prox"]]
+        return {
+            "recipe": self.recipe,
+            **{field.name: getattr(self.objective, field.name) for field in fields(Objective)},
+            "prox_scale": self.prox_scale or recipe(self.recipe).prox_scale,
+            "lambda1": median(group["lambda1"] for group in groups),
+            "lambda2": self.lambda2,
+            "lr": median(group["lr"] for group in groups),
+            "steps": steps,
+            "weight_rms": sigma,
+            "weight_bits": weight_bits,
+            "moments": moments,
+            "checkpointing": checkpointing,
+        }
+
+
+def _describe(summary: Mapping[str, Any], windows: int, batch_size: int) -> str:
+    passes = summary["steps"] * batch_size / windows
+    return (
+        f"proxsparse, recipe {summary['recipe']}: {summary['steps']} steps of {batch_size} window{'s' * (batch_size > 1)} "
+        f"({passes:.3g} pass{'es' * (passes != 1)} over {windows}), loss {summary['loss']} at the {summary['forward']} weights, "
+        f"prox scale {summary['prox_scale']}, lambda1 {summary['lambda1']:.4g}, lambda2 {summary['lambda2']:.4g}, lr {summary['lr']:.4g}, "
+        f"weight rms {summary['weight_rms']:.4g}, {summary['weight_bits']}-bit weights, {summary['moments']} moments"
+        f"{', checkpointing' if summary['checkpointing'] else ''}"
+    )
 
 
 METHOD = ProxSparse

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -21,12 +21,17 @@ class InputNorm:
 
     def __init__(self, linear: nn.Linear) -> None:
         self._squares = torch.zeros(linear.in_features, dtype=torch.float32, device=linear.weight.device)
+        self._tokens = 0
 
     def add(self, x: Tensor) -> None:
         self._squares += x.float().square().sum(dim=0)
+        self._tokens += x.shape[0]
 
     def value(self) -> Tensor:
         return self._squares.sqrt()
+
+    def mean_square(self) -> Tensor:
+        return self._squares / max(self._tokens, 1)
 
 
 class Hessian:
@@ -44,6 +49,22 @@ class Hessian:
 
     def value(self) -> Tensor:
         return self._sum * (2.0 / max(self._tokens, 1))
+
+
+def input_rms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """sqrt(mean of x_j^2) of each input feature j over all tokens: fp32 [in_features]; zeros for a layer that no token reached.
+
+    Args: linears: any name -> layer of `model`. windows: int64 [tokens], on any device.
+    """
+    norms = {name: InputNorm(linear) for name, linear in linears.items()}
+    device, training = next(model.parameters()).device, model.training
+    base = getattr(model, "base_model", model)  # without the output head
+    model.eval()
+    with torch.no_grad(), observe(linears, norms):
+        for window in windows:
+            base(input_ids=window[None].to(device), use_cache=False)
+    model.train(training)
+    return {name: norm.mean_square().sqrt() for name, norm in norms.items()}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from .frozen_penalty import accumulate_frozen_penalty, frozen_penalty, gradient_square, gradient_square_rows
 from .mask import mask_24
+from .masked import masked_weight_24
 from .pack import pack_24, unpack_24
 from .partial import partial_sums
 from .prox import prox_24
@@ -14,6 +15,7 @@ __all__ = [
     "gradient_square",
     "gradient_square_rows",
     "mask_24",
+    "masked_weight_24",
     "pack_24",
     "partial_sums",
     "prox_24",

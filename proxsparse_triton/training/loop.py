@@ -9,43 +9,50 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LearningError
 from ..optim.prox_adamw import ProxAdamW
-from ..optim.schedules import warmup_linear
+from ..optim.schedules import round_up, warmup_linear
 from ..progress import SILENT, Progress
 from .batches import Batch, batches
 from .loss import NextTokenLoss
 from .memory import checkpointing
+from .watch import MaskWatch, Pace
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The paper's recipe: linear warm-up then linear decay of the learning rate, one pass over the windows."""
+    """Linear warm-up then linear decay of the learning rate over a number of passes, or of steps."""
 
-    lr: float  # the peak; of every group of the optimiser
+    lr: float | None = None  # the peak; None: each group of the optimiser has its own
     warmup: float = 0.1
     batch_size: int = 1
     epochs: int = 1
+    steps: int | None = None  # instead of whole epochs
     checkpointing: bool = False  # of activations: a third more arithmetic, the activations of one decoder block instead of all
     release_gradients: bool = False  # each weight is stepped inside the backward pass; needs an optimiser without max_norm
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"learning: expected a finite lr > 0, got {self.lr}. Choose another value.")
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"learning: expected {name} >= 1, got {getattr(self, name)}. Choose another value.")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"learning: expected steps >= 1, got {self.steps}. Choose another value.")
+        if self.steps is not None and self.epochs != 1:
+            raise ConfigError(f"learning: expected --steps or --epochs, got both ({self.steps} and {self.epochs}). Leave one out.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"learning: expected 0 <= warmup < 1, got {self.warmup}. The paper uses 0.1.")
 
 
 def steps_of(windows: int, config: LoopConfig) -> int:
     """Number of optimiser steps."""
-    return math.ceil(windows / config.batch_size) * config.epochs
+    return config.steps or math.ceil(windows / config.batch_size) * config.epochs
 
 
 def learn(
@@ -53,6 +60,8 @@ def learn(
     windows: Sequence[Tensor],
     optimizer: ProxAdamW,
     config: LoopConfig,
+    loss_of: Callable[[Batch], Tensor] | None = None,
+    watch: MaskWatch | None = None,
     *,
     seed: int = 42,
     progress: Progress = SILENT,
@@ -60,12 +69,15 @@ def learn(
 ) -> None:
     """Trains `model` in place on `windows` (CPU token windows), the parameters of `optimizer`, `record`ing one row a step.
 
+    Args: loss_of: of a batch on the model's device; None: cross-entropy of the next token. watch: looked at now and then.
     Raises: LearningError: the loss or a gradient is not finite; no block of weights has taken a step with such a gradient (with max_norm:
         no weight has taken it), and the message names step and parameter. ConfigError: no activation checkpointing in this model.
     """
     device = next(model.parameters()).device
     steps = steps_of(len(windows), config)
-    loss_of = NextTokenLoss(model, windows[0].to(device))
+    loss_of = loss_of or NextTokenLoss(model, windows[0].to(device))
+    pace = None if watch is None else Pace(steps, round_up(config.warmup * steps), watch.masked)
+    peaks = [group["lr"] if config.lr is None else config.lr for group in optimizer.param_groups]
     torch.manual_seed(seed)
     model.train()
     with (
@@ -75,30 +87,42 @@ def learn(
         progress.task("learning the mask", total=steps) as bar,
     ):
         for step, batch in enumerate(_epochs(windows, config, seed)):
-            lr = config.lr * warmup_linear(step, steps, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            factor = warmup_linear(step, steps, config.warmup)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
             loss = loss_of(batch.to(device))
             loss.backward()
             if not config.release_gradients:
                 _complete_gradients(optimizer)
             optimizer.step()
-            values, layers = _figures(loss, optimizer)
+            look = watch is not None and ((step + 1) % watch.every == 0 or step + 1 == steps)
+            values, layers, changes = _figures(loss, optimizer, watch if look else None)
             _check_finite(step, steps, values, model, optimizer)
             optimizer.zero_grad(set_to_none=True)
-            record({"step": step + 1, "loss": values["loss"], "penalty": values["penalty"], "grad_norm": values["grad_norm"], "lr": lr,
-                    "share_24": values["share_24"], "layers": layers})  # fmt: skip
+            row: dict[str, object] = {"step": step + 1, **values, "lr": max(peaks) * factor, "layers": layers}
+            if look:
+                row["mask_changes"] = changes
+            warning = None if pace is None else pace.warning(step, values["share_24"])
+            if warning is not None:
+                row["warnings"] = [warning]
+                progress.note(warning)
+            record(row)
             bar.advance(loss=f"{values['loss']:.3f}", sparse=f"{100 * values['share_24']:.1f}%")
     model.eval()
 
 
-def _figures(loss: Tensor, optimizer: ProxAdamW) -> tuple[dict[str, float], dict[str, float]]:
-    """Figures of the step, and the share of 2:4 blocks of each layer after it: the step's only wait for the device."""
+def _figures(loss: Tensor, optimizer: ProxAdamW, watch: MaskWatch | None) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Figures of the step, the share of 2:4 blocks of each layer after it, and what changed of its mask: the step's only wait."""
     figures = optimizer.figures()
-    names = ("loss", "penalty", "grad_norm", "share_24")
-    scalars = [loss.detach(), figures.penalty, figures.norm, figures.share_24, *figures.shares.values()]
-    values = torch.stack([scalar.double() for scalar in scalars]).tolist()
-    return dict(zip(names, values, strict=False)), dict(zip(figures.shares, values[len(names) :], strict=True))
+    changes = {} if watch is None else watch.changes()
+    parts: tuple[dict[str, Tensor], ...] = (
+        {"loss": loss.detach(), "penalty": figures.penalty, "grad_norm": figures.norm, "share_24": figures.share_24},
+        figures.shares,
+        changes,
+    )
+    values = iter(torch.stack([scalar.double() for part in parts for scalar in part.values()]).tolist())
+    numbers, layers, changed = ({name: next(values) for name in part} for part in parts)
+    return numbers, layers, changed
 
 
 def _complete_gradients(optimizer: ProxAdamW) -> None:
@@ -110,8 +134,12 @@ def _complete_gradients(optimizer: ProxAdamW) -> None:
 
 
 def _epochs(windows: Sequence[Tensor], config: LoopConfig, seed: int) -> Iterator[Batch]:
-    """Batches of all epochs: the first in the given order (calibration windows come shuffled), later ones reshuffled."""
-    for epoch in range(config.epochs):
+    """Batches of all steps: the first pass in the given order (calibration windows come shuffled), later ones reshuffled."""
+    return islice(_passes(windows, config, seed), steps_of(len(windows), config))
+
+
+def _passes(windows: Sequence[Tensor], config: LoopConfig, seed: int) -> Iterator[Batch]:
+    for epoch in count():
         generator = torch.Generator().manual_seed(seed + epoch)
         order: Iterable[int] = range(len(windows)) if epoch == 0 else torch.randperm(len(windows), generator=generator).tolist()
         yield from batches([windows[i] for i in order], config.batch_size)

@@ -27,12 +27,13 @@ class NextTokenLoss:
     Args:
         model: transformers causal language model.
         window: any token window, int64 [tokens], on the model's device.
+        chunkable: False where the head computes with something else than its weight.
         chunk: logits that may exist at once.
     """
 
-    def __init__(self, model: nn.Module, window: Tensor, *, chunk: int = CHUNK) -> None:
+    def __init__(self, model: nn.Module, window: Tensor, *, chunkable: bool = True, chunk: int = CHUNK) -> None:
         self._model, self._chunk = model, chunk
-        self._parts = separable_head(model, window[None, :PROBE])
+        self._parts = separable_head(model, window[None, :PROBE]) if chunkable else None
 
     @property
     def chunked(self) -> bool:
@@ -111,10 +112,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         chunk: logits that may exist at once, rounded to whole rows.
     Returns: scalar, fp32 (fp64 for fp64).
     """
-    rows = chunk // weight.shape[0]
-    rows = max(1, rows - rows % ROW_STEP if rows > ROW_STEP else rows)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk_rows(chunk, weight.shape[0]))  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunk_rows(chunk: int, vocabulary: int) -> int:
+    """Rows of logits, at least one, that hold no more than `chunk` values."""
+    rows = chunk // vocabulary
+    return max(1, rows - rows % ROW_STEP if rows > ROW_STEP else rows)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,7 +23,7 @@ from ..errors import ConfigError, ModelError
 from ..models.checkpoint import one_line
 from ..step import MOMENT_GROUP
 from .batches import Batch
-from .loss import NextTokenLoss
+from .objective import Objective
 
 ATTENTION = "proxsparse_plan"  # name of `_attention` in transformers' registry
 GRANULE = 512  # the CUDA caching allocator rounds up to this
@@ -163,21 +163,34 @@ def resident(model: nn.Module, pruned: Collection[str], storage: Storage) -> dic
     }
 
 
-def trace_step(model: nn.Module, batch_size: int, seqlen: int, *, checkpoint: bool, release: bool) -> StepTrace:
+def trace_step(
+    model: nn.Module,
+    batch_size: int,
+    seqlen: int,
+    *,
+    checkpoint: bool,
+    release: bool,
+    pruned: Mapping[str, nn.Linear] | None = None,
+    objective: Objective | None = None,
+) -> StepTrace:
     """Runs one step of `meta_model`'s model on batch_size windows of seqlen tokens.
 
     Args:
+        pruned, objective: the layers to prune and what is learned from; None: cross-entropy, and all parameters learn.
         checkpoint: activation checkpointing. release: each gradient is freed as soon as it is complete.
     Raises: ConfigError: no activation checkpointing. ModelError: a forward pass that depends on the values of tensors.
     """
-    ledger = _Ledger(model)
-    handles = [p.register_post_accumulate_grad_hook(lambda p: ledger.gradient(p, release)) for p in model.parameters() if p.requires_grad]
+    objective = objective or Objective("ce", "learned", "all")
     tokens = torch.zeros(batch_size, seqlen, dtype=torch.int64, device="meta")
+    handles: list[Any] = []
     try:
-        with checkpointing(model, checkpoint):
-            loss = NextTokenLoss(model, tokens[0])
+        with checkpointing(model, checkpoint), objective.of(model, pruned or {}, tokens[0]) as prepared:
+            kept = () if prepared.pretrained is None else prepared.pretrained.tensors.values()
+            ledger = _Ledger(model, kept)
+            learning = [p for p in model.parameters() if p.requires_grad]
+            handles += [p.register_post_accumulate_grad_hook(lambda p: ledger.gradient(p, release)) for p in learning]
             with ledger:
-                loss(Batch(tokens, None)).backward()
+                prepared.loss(Batch(tokens, None)).backward()
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"plan: expected a model whose steps can be counted without its weights, got {one_line(error)}. {NOT_COUNTED}"
@@ -206,11 +219,11 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 class _Ledger(TorchDispatchMode):
     """Every storage that operations allocate, with the moments of its birth and death, and the FLOPs of matrix products."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kept: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary = _vocabulary(model)
         # By address: None for what was there before and does not count.
-        self._live: dict[int, int | None] = {t.untyped_storage()._cdata: None for t in (*model.parameters(), *model.buffers())}
+        self._live: dict[int, int | None] = {t.untyped_storage()._cdata: None for t in (*model.parameters(), *model.buffers(), *kept)}
         self._sizes: list[int] = []
         self._kinds: list[str] = []
         self._events: list[int] = []  # birth of storage k: k; death: ~k

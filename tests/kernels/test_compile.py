@@ -26,7 +26,7 @@ SCRIPT = textwrap.dedent(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from proxsparse_triton.kernels import frozen_penalty, launch, mask, pack, partial, prox, prox_adamw, ptx, sweeps
+    from proxsparse_triton.kernels import frozen_penalty, launch, mask, masked, pack, partial, prox, prox_adamw, ptx, sweeps
 
     for_amd = sys.argv[2] == "hip"
     if for_amd:
@@ -44,6 +44,13 @@ SCRIPT = textwrap.dedent(
         types = {"score_ptr": "*" + dtype, "mask_ptr": "*i1", "n_blocks": "i32"}
         constants = {"TILE_BLOCKS": launch.BLOCKWISE.tile_blocks}
         cases.append((f"mask {dtype}", mask._mask_24_kernel, types, constants, launch.BLOCKWISE.num_warps, ()))
+    for w, w0 in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16")):
+        for scaled in (False, True):
+            types = {"w_ptr": "*" + w, "w0_ptr": "*" + w0, "scale_ptr": "*fp32" if scaled else "*" + w, "out_ptr": "*" + w,
+                     "n_blocks": "i32", "row_blocks": "i32"}
+            constants = {"HAS_SCALE": scaled, "TILE_BLOCKS": launch.BLOCKWISE.tile_blocks}
+            name = f"masked {w} {w0}" + " scaled" * scaled
+            cases.append((name, masked._masked_weight_24_kernel, types, constants, launch.BLOCKWISE.num_warps, ()))
     for bits in ("i16", "i32"):
         types = {"w_ptr": "*" + bits, "values_ptr": "*" + bits, "metadata_ptr": "*u8", "wrong_ptr": "*i32",
                  "row_blocks": "i32", "n_pairs": "i32"}
@@ -150,7 +157,7 @@ def report() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
-    assert len(report) == 3 * (8 + 3 + 12 + 7 + 12 + 8 + 2) + 4 + 7
+    assert len(report) == 3 * (8 + 3 + 10 + 12 + 7 + 12 + 8 + 2) + 4 + 7
 
 
 @pytest.mark.slow
@@ -203,6 +210,8 @@ def test_accesses_are_as_wide_as_a_block(report: list[dict[str, Any]]) -> None:
             assert set(kernel["accesses"]) == {f"ld.global.{block}", f"st.global.{block}"} | wide, kernel
         elif operation == "mask":
             assert set(kernel["accesses"]) == {f"ld.global.{block}", "st.global.b32"}, kernel
+        elif operation == "masked":
+            assert_masked(kernel)
         elif operation in ("pack", "unpack"):
             assert_half_wide(kernel)
         elif operation == "prox_adamw":
@@ -210,6 +219,16 @@ def test_accesses_are_as_wide_as_a_block(report: list[dict[str, Any]]) -> None:
         elif operation != "partial":
             total = "st.global.b64" if operation == "frozen_penalty" else "st.global.b32"
             assert all(access.endswith((".v4.b32", ".v2.b32")) or access == total for access in kernel["accesses"]), kernel
+
+
+def assert_masked(kernel: dict[str, Any]) -> None:
+    """Two blocks a thread: of learned weights, of pretrained ones, of column scales and of the result, each whole and once."""
+    _, w, w0, *options, _ = kernel["name"].split()
+    block = {"fp32": "v4.b32", "bf16": "v2.b32", "fp16": "v2.b32"}
+    expected = Counter({f"st.global.{block[w]}": 2})
+    for dtype in (w, w0, *("fp32" for option in options if option == "scaled")):
+        expected += Counter({f"ld.global.{block[dtype]}": 2})
+    assert kernel["accesses"] == expected, kernel
 
 
 def assert_half_wide(kernel: dict[str, Any]) -> None:

@@ -1,0 +1,142 @@
+"""Repair: once the mask is fixed, move the kept weights so that the model loses less. Off by default, because it changes weights.
+
+Least squares, layer by layer, needs one pass over the calibration text and no gradient; masked fine-tuning learns from the dense model's
+logits, end to end. Pruned weights stay exactly zero in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..models.layerwise import BlockWalker
+from ..models.selection import decoder_blocks
+from ..models.statistics import Hessian, observe
+from ..training.loop import learn, steps_of
+from ..training.objective import Objective
+from .base import PruneResult, PruneTask
+from .proxsparse import ProxSparse, rms
+
+Kind = Literal["both", "least-squares", "finetune"]
+KINDS = ("both", "least-squares", "finetune")
+DAMPENING = 0.01  # of the mean diagonal of the Hessian, towards the weights as they are
+ITERATIONS = 60  # of conjugate gradients, preconditioned by the diagonal
+TRAVEL = 1.0  # lr * steps / sigma of 400 steps of fine-tuning, see `Recipe`: a fifth of what a mask is learned with
+
+
+@dataclass(frozen=True)
+class Repair:
+    """kind: which of the two, least squares first. steps: of fine-tuning; None: as many passes as the auto recipe takes."""
+
+    kind: Kind = "both"
+    steps: int | None = None
+    dampening: float = DAMPENING
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"repair: expected --repair {', '.join(KINDS)}, got {self.kind!r}. Choose one of these.")
+        if self.steps is not None and self.kind == "least-squares":
+            raise ConfigError("repair: expected --repair-steps with fine-tuning, got it with --repair least-squares. Leave it out.")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"repair: expected --repair-steps of at least 1, got {self.steps}. Choose another value.")
+
+    def run(self, task: PruneTask, result: PruneResult) -> PruneResult:
+        """`result` with the kept weights repaired.
+
+        Args: task: with the dense model, which is changed. result: masks and, where the method has changed them, weights to start from.
+        """
+        summary: dict[str, object] = {"kind": self.kind}
+        original = {name: linear.weight.detach().clone() for name, linear in task.linears().items()}
+        for name, linear in task.linears().items():
+            mask = result.masks[name].to(linear.weight.device)
+            start = original[name] if result.weights is None else result.weights[name].to(linear.weight)
+            linear.weight.data = start.masked_fill(~mask, 0.0)
+        if self.kind != "finetune":
+            least_squares(task, original, result.masks, self.dampening)
+        if self.kind != "least-squares":
+            summary |= finetune(task, original, result.masks, self.steps)
+        weights = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in task.linears().items()}
+        return replace(result, weights=weights, summary={**result.summary, "repair": summary})
+
+
+def masked_least_squares(
+    w0: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, *, dampening: float, iterations: int = ITERATIONS
+) -> Tensor:
+    """argmin_w tr((w - w0) H (w - w0)^T) + d ||w - start||^2 over weights that are zero outside the mask; fp32 [out, in].
+
+    Every row is a problem of its own, with its own columns: conjugate gradients on all of them at once, whose matrix products are dense.
+
+    Args:
+        w0: what to imitate, start: where to begin, zero outside the mask; [out, in].
+        mask: bool [out, in]. hessian: H = X^T X up to a factor, [in, in], symmetric, positive semidefinite.
+        dampening: d as a share of the mean diagonal of H, > 0.
+    """
+    hessian = hessian.to(torch.promote_types(w0.dtype, torch.float32))
+    damp = dampening * hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    w, kept = start.to(hessian.dtype).clone(), mask.to(hessian.dtype)
+    residual = ((w0.to(hessian.dtype) - w) @ hessian) * kept  # the pull towards start is zero there
+    scale = 1 / (hessian.diagonal() + damp)
+    z = residual * scale
+    direction, energy = z.clone(), (residual * z).sum(1, keepdim=True)
+    for _ in range(iterations):
+        image = (direction @ hessian + damp * direction) * kept
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(curvature > 0, energy / curvature, 0.0)  # a row that is solved stays
+        w += length * direction
+        residual -= length * image
+        z = residual * scale
+        new = (residual * z).sum(1, keepdim=True)
+        direction = z + torch.where(energy > 0, new / energy, 0.0) * direction
+        energy = new
+    return w
+
+
+def least_squares(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str, Tensor], dampening: float) -> None:
+    """Repairs the layers of one decoder block after the other on the inputs that the repaired blocks before it produce."""
+    task.check_inside_blocks("repair")
+    _, blocks = decoder_blocks(task.model)
+    walker = BlockWalker(task.model, blocks, task.windows)
+    with task.progress.task("repair: least squares", total=len(blocks)) as bar:
+        for index, _ in walker:
+            linears = task.linears_of(index)
+            hessians = {name: Hessian(linear) for name, linear in linears.items()}
+            with observe(linears, hessians):
+                walker.forward(index)
+            for name, linear in linears.items():
+                mask = masks[name].to(linear.weight.device)
+                weight = linear.weight.data
+                repaired = masked_least_squares(original[name], weight, mask, hessians.pop(name).value(), dampening=dampening)
+                linear.weight.data = repaired.to(weight.dtype).masked_fill(~mask, 0.0)
+            bar.advance()
+
+
+def finetune(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str, Tensor], steps: int | None) -> dict[str, object]:
+    """Learns the kept weights from the dense model's logits. Returns figures for the manifest."""
+    linears = task.linears()
+    settings = ProxSparse(forward="learned", lambda1=0.0, steps=steps)
+    config = settings.loop_config(len(task.windows))
+    count = steps_of(len(task.windows), config)
+    lr = TRAVEL * (count / 400) ** 0.5 * rms(linears) / count
+    started = {name: linear.weight.data for name, linear in linears.items()}
+    for name, linear in linears.items():
+        linear.weight.data = original[name]
+    window = task.windows[0].to(next(task.model.parameters()).device)
+    with Objective("kl", "learned", "pruned").of(task.model, linears, window) as prepared:
+        hooks = []
+        for name, linear in linears.items():
+            linear.weight.data = started[name]
+            mask = masks[name].to(linear.weight.device)
+            hooks.append(linear.weight.register_hook(lambda grad, mask=mask: grad.masked_fill(~mask, 0.0)))
+        optimizer = replace(settings, lr=lr).optimizer(task.model, linears, count, seed=task.seed)
+        task.progress.note(f"repair: {count} steps of fine-tuning, lr {lr:.4g}")
+        try:
+            learn(task.model, task.windows, optimizer, replace(config, lr=lr), prepared.loss, seed=task.seed, progress=task.progress)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return {"steps": count, "lr": lr}
