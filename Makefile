@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test check clean
 
 demo: .venv/base
-	$(BIN)/pst compare demo -o runs/demo --overwrite
+	$(BIN)/pst compare demo -o runs/demo --overwrite --epochs 1
 
 test: .venv/dev
 	$(BIN)/python -m pytest

@@ -61,7 +61,7 @@ def main(model: str, output: Path, **options: object) -> None:
     tokenizer = load_tokenizer(source)
     seqlen, count = int(str(options["seqlen"])), int(str(options["eval_windows"]))
     heldout, digests = evaluation_windows(open_source(str(options["heldout"]), split="all"), tokenizer, windows=count, seqlen=seqlen)
-    settings = {name: options[name] for name in ("lambda1", "lambda2", "lr")}
+    settings = {"recipe": "paper", **{name: options[name] for name in ("lambda1", "lambda2", "lr")}}
     rows: list[dict[str, object]] = []
     for name, (dtype, precision) in CASES.items():
         only = options["only"]

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import click
 
+PAPER: dict[str, object] = {"recipe": "paper"}
 # name in the table -> (method, settings)
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "magnitude": ("magnitude", {}),
     "wanda": ("wanda", {}),
     "sparsegpt": ("sparsegpt", {}),
     "sparsegpt, mask only": ("sparsegpt", {"mask_only": True}),
-    "proxsparse, lambda1 0.1, lr 5e-4": ("proxsparse", {"lambda1": 0.1, "lr": 5e-4}),
-    "proxsparse, derived lambda1, lr 5e-4": ("proxsparse", {"lr": 5e-4}),
-    "proxsparse, derived lambda1 and lr": ("proxsparse", {}),
-    "proxsparse, lambda1 0.1, lr 5e-4, lambda2 0.01": ("proxsparse", {"lambda1": 0.1, "lr": 5e-4, "lambda2": 0.01}),
+    "proxsparse, lambda1 0.1, lr 5e-4": ("proxsparse", {**PAPER, "lambda1": 0.1, "lr": 5e-4}),
+    "proxsparse, derived lambda1, lr 5e-4": ("proxsparse", {**PAPER, "lr": 5e-4}),
+    "proxsparse, derived lambda1 and lr": ("proxsparse", PAPER),
+    "proxsparse, recipe auto": ("proxsparse", {}),
+    "proxsparse, lambda1 0.1, lr 5e-4, lambda2 0.01": ("proxsparse", {**PAPER, "lambda1": 0.1, "lr": 5e-4, "lambda2": 0.01}),
 }
 
 

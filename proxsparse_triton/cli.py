@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("eval", "evaluate", "Perplexity and lm-eval tasks of a model, dense and pruned in one run."),
     "verify": ("verify", "verify", "Check layer by layer that a model folder is 2:4."),
     "export": ("export", "export", "Write a pruned model as a dense folder, as masks, or packed."),
+    "report": ("report", "report", "Write one HTML page of finished runs: curves, layers, settings."),
     "bench": ("bench", "bench", "Measure the operations and the learning loop on this machine."),
     "info": ("info", "info", "Versions, devices and the backends that will be used."),
 }

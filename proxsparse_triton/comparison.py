@@ -18,6 +18,7 @@ from .models.loading import load_model
 from .models.selection import LayerPlan
 from .pipeline import Inputs, RunConfig, RunRecord, prepare, run_method
 from .progress import SILENT, Progress
+from .report import write_report
 from .sparsity import BLOCK
 
 
@@ -39,6 +40,8 @@ def compare(
     config: RunConfig, methods: Sequence[str], settings: Mapping[str, Mapping[str, object]], progress: Progress = SILENT
 ) -> Comparison:
     """Runs `methods` with their `settings` on the same windows into `config.output`/<method>.
+
+    The folder also gets report.html, the page of `pst report`.
 
     Raises: any ProxSparseError; the folder appears only when every method has finished.
     """
@@ -71,6 +74,7 @@ def compare(
             record = dataclasses.replace(record, folder=config.output / name)
             rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
         write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
+        write_report([out], out / "report.html")
     return Comparison(inputs, tuple(rows))
 
 

@@ -21,6 +21,7 @@ from .calibration.windows import Windows, calibration_windows, evaluation_window
 from .errors import ConfigError, DataError, ShortTextError
 from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_memory
 from .evaluation.perplexity import perplexity
+from .evaluation.restore import restore_test
 from .formats.dense import write_pruned_model
 from .formats.folder import check_output, check_space, output_folder
 from .formats.manifest import write_manifest
@@ -60,6 +61,8 @@ class RunConfig:
     overwrite: bool = False
     repair: str | None = None  # of the kept weights, once the mask is fixed: both, least-squares or finetune
     repair_steps: int | None = None
+    restore_windows: int = 0  # of evaluation windows for the test that restores one layer at a time; 0: none
+    command: str | None = None  # the command line, for the record
     gpu_memory: float | None = None  # GB that learning keeps within, by activation checkpointing; None: all of the GPU
     revision: str | None = None
     trust_remote_code: bool = False
@@ -68,6 +71,8 @@ class RunConfig:
         for option, value, least in (("samples", self.samples, 1), ("eval-windows", self.evaluation_windows, 1), ("seed", self.seed, 0)):
             if value < least:
                 raise ConfigError(f"prune: expected --{option} of at least {least}, got {value}. Choose another value.")
+        if self.restore_windows < 0:
+            raise ConfigError(f"prune: expected --restore-windows of at least 0, got {self.restore_windows}. Leave it out for no test.")
         if self.seqlen is not None and self.seqlen < 2:
             raise ConfigError(f"prune: expected --seqlen of at least 2, got {self.seqlen}. Choose another value.")
         if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
@@ -252,7 +257,7 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
         entry = {"method": config.method, "pattern": "2:4", "original": config.model, "weights_updated": result.weights is not None}
         write_pruned_model(inputs.source.folder, inputs.source.weight_files, out, result.masks, weights=result.weights, config_entry=entry)
         save_masks(out / "masks.safetensors", result.masks)
-        pruned = _measure_written(config, out, inputs, progress)
+        pruned, restored = _measure_written(config, out, inputs, list(result.masks), progress)
         record_ = RunRecord(
             config.method,
             config.output,
@@ -261,9 +266,10 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
             seconds,
             peak,
             tuple(result.masks),
-            {"settings": dataclasses.asdict(method), **result.summary},  # type: ignore[call-overload]
+            {"settings": dataclasses.asdict(method), **result.summary, **restored},  # type: ignore[call-overload]
         )
-        write_manifest(out, _manifest(config, inputs, result, record_))
+        used = inputs if method.needs_calibration or config.repair is not None else dataclasses.replace(inputs, calibration=None)
+        write_manifest(out, _manifest(config, used, result, record_))
     return record_
 
 
@@ -275,19 +281,30 @@ def _dense(config: RunConfig, inputs: Inputs) -> nn.Module:
     return model
 
 
-def _measure_written(config: RunConfig, out: Path, inputs: Inputs, progress: Progress) -> float | None:
-    """Perplexity of the folder as it will be found, in the dtype of the run."""
+def _measure_written(
+    config: RunConfig, out: Path, inputs: Inputs, pruned: Sequence[str], progress: Progress
+) -> tuple[float | None, dict[str, object]]:
+    """Perplexity of the folder as it will be found, in the dtype of the run, and the restore test where it was asked for."""
     if inputs.evaluation is None:
-        return None
+        return None, {}
+    tokens = inputs.evaluation.tokens
     written = resolve_model(str(out))
     model = load_model(written, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
-    return perplexity(model, inputs.evaluation.tokens, progress=progress)
+    measured = perplexity(model, tokens, progress=progress)
+    if not config.restore_windows:
+        return measured, {}
+    dense = load_model(inputs.source, dtype=config.torch_dtype, device="cpu", trust_remote_code=config.trust_remote_code)
+    original = {name: dense.get_parameter(name).detach() for name in pruned}
+    few = tokens[: config.restore_windows]
+    layers = restore_test(model, original, few, progress)
+    return measured, {"restore": layers, "restore_windows": len(few), "restore_pruned": perplexity(model, few)}
 
 
 def _manifest(config: RunConfig, inputs: Inputs, result: PruneResult, record: RunRecord) -> dict[str, object]:
     return {
+        "command": config.command,
         "model": {"spec": config.model, "revision": inputs.source.revision, "files": file_hashes(inputs.source)},
-        "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "output"},
+        "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("output", "command")},
         "method": {"name": record.method, **record.summary},
         "device": config.place,
         "parameters": list(record.parameters),

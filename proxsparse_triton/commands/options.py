@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +108,14 @@ RUN_OPTIONS = (
         help="Once the mask is fixed, change the kept weights to lose less: least squares by layer, masked fine-tuning, or (alone) both.",
     ),
     click.option("--repair-steps", type=int, metavar="N", help="Steps of fine-tuning. [default: the auto recipe's passes]"),
+    click.option(
+        "--restore-windows",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Measure on N windows what each layer costs: perplexity with it dense again.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace an earlier run of pst at RUN (never anything else)."),
     click.option("--revision", metavar="COMMIT", help="Branch, tag or commit of a Hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
@@ -142,6 +152,7 @@ def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
         output=Path(options.pop("output")),
         calibration=calibration,
         evaluation_windows=options.pop("eval_windows"),
+        command=shlex.join(["pst", *sys.argv[1:]]),
         **options,
         **more,
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.option("--method", default="proxsparse", show_default=True, help="magnitude, wanda, sparsegpt or proxsparse.")
-@click.option("--preset", metavar="NAME", help="proxsparse: the published lambda1, lr and seqlen of a model (llama-2-7b, ...).")
+@click.option("--preset", metavar="NAME", help="proxsparse: recipe paper with a model's published values (llama-2-7b, ...).")
 @click.option("--plan", is_flag=True, help="Print predicted peak memory and time, and do nothing: no weight is read.")
 @click.option("--gpu-memory", type=float, metavar="GB", help="Keep within so many GB (10^9 bytes). [default: the GPU's memory]")
 @with_options(RUN_OPTIONS)
@@ -27,6 +27,7 @@ def prune(model: str, method: str, preset: str | None, plan: bool, gpu_memory: f
     RUN also holds masks.safetensors, manifest.json (settings, hashes, versions, perplexities) and metrics.jsonl (loss and share of
     2:4 blocks at every step). Original weights are kept bit for bit unless the method updates them (sparsegpt without --mask-only).
     """
+    derived = [name for name in ("lambda1", "lr") if options[name] == "auto"]
     settings = method_settings(options)
     if preset is not None:
         from ..errors import ConfigError
@@ -34,7 +35,10 @@ def prune(model: str, method: str, preset: str | None, plan: bool, gpu_memory: f
 
         if method != "proxsparse":
             raise ConfigError(f"prune: expected --preset with --method proxsparse only, got --method {method}. Leave --preset out.")
-        values: dict[str, Any] = published(preset)
+        against = ["--recipe auto"] if settings.get("recipe") == "auto" else [f"--{name} auto" for name in derived]
+        if against:
+            raise ConfigError(f"prune: expected --preset {preset}, published values, without {against[0]}. Leave one of them out.")
+        values: dict[str, Any] = {"recipe": "paper", **published(preset)}
         seqlen = values.pop("seqlen")
         options["seqlen"] = seqlen if options["seqlen"] is None else options["seqlen"]
         settings = {**values, **settings}

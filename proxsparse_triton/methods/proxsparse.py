@@ -18,6 +18,7 @@ from ..errors import ConfigError, ModelError
 from ..models.statistics import input_rms
 from ..ops import mask_24
 from ..optim.prox_adamw import ProxAdamW
+from ..sparsity import BLOCK
 from ..training import memory
 from ..training.loop import LoopConfig, learn, steps_of
 from ..training.objective import Objective
@@ -284,6 +285,8 @@ class ProxSparse:
             )
         summary["share_24"] = float(optimizer.figures().share_24)
         masks = {name: mask_24(mask_scores(linear.weight, scales.get(name))).cpu() for name, linear in linears.items()}
+        if prepared.pretrained is not None:
+            summary["agreement"] = _agreement(masks, prepared.pretrained.tensors, scales)
         return PruneResult(masks, summary=summary)
 
     def _summary(self, model: nn.Module, optimizer: ProxAdamW, steps: int, sigma: float, checkpointing: bool) -> dict[str, object]:
@@ -303,6 +306,20 @@ class ProxSparse:
             "moments": moments,
             "checkpointing": checkpointing,
         }
+
+
+def _agreement(masks: Mapping[str, Tensor], original: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, float]:
+    """Shares of blocks that are as magnitude would have them, and as Wanda would on the dense model's inputs."""
+    found = {}
+    for method, of in (("magnitude", {}), ("wanda", scales)):
+        if method == "wanda" and not scales:
+            continue
+        same = total = 0
+        for name, w0 in original.items():
+            equal = (mask_24(mask_scores(w0, of.get(name))).cpu() == masks[name]).unflatten(-1, (-1, BLOCK)).all(-1)
+            same, total = same + int(equal.sum()), total + equal.numel()
+        found[method] = same / max(total, 1)
+    return found
 
 
 def _describe(summary: Mapping[str, Any], windows: int, batch_size: int) -> str:
