@@ -14,6 +14,7 @@ _PUBLIC = {
     "frozen_penalty": "ops.frozen_penalty",
     "accumulate_frozen_penalty": "ops.frozen_penalty",
     "mask_24": "ops.mask",
+    "masked_weight_24": "ops.masked",
     "pack_24": "ops.pack",
     "unpack_24": "ops.pack",
     "sparse_linear_24": "ops.sparse_linear",

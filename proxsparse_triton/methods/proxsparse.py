@@ -100,6 +100,8 @@ class ProxSparse:
             if getattr(self, name) not in choices:
                 option, rule = f"--{name.replace('_', '-')}", ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ConfigError(f"proxsparse: expected {name} to be one of {rule}, got {getattr(self, name)!r}. Choose another {option}.")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(f"proxsparse: expected --steps or --epochs, got both ({self.steps} and {self.epochs}). Leave one out.")
         # Their own checks, before any work.
         objective = self.objective
         self.loop_config(1)
@@ -323,7 +325,7 @@ def _agreement(masks: Mapping[str, Tensor], original: Mapping[str, Tensor], scal
 
 
 def _describe(summary: Mapping[str, Any], windows: int, batch_size: int) -> str:
-    passes = summary["steps"] * batch_size / windows
+    passes = summary["steps"] / -(-windows // batch_size)
     return (
         f"proxsparse, recipe {summary['recipe']}: {summary['steps']} steps of {batch_size} window{'s' * (batch_size > 1)} "
         f"({passes:.3g} pass{'es' * (passes != 1)} over {windows}), loss {summary['loss']} at the {summary['forward']} weights, "

@@ -77,16 +77,18 @@ def masked_least_squares(
         dampening: d as a share of the mean diagonal of H, > 0.
     """
     hessian = hessian.to(torch.promote_types(w0.dtype, torch.float32))
-    damp = dampening * hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    # Inputs that are all zero leave the weights as they are.
+    damp = (dampening * hessian.diagonal().mean()).clamp_min(torch.finfo(hessian.dtype).tiny)
     w, kept = start.to(hessian.dtype).clone(), mask.to(hessian.dtype)
     residual = ((w0.to(hessian.dtype) - w) @ hessian) * kept  # the pull towards start is zero there
     scale = 1 / (hessian.diagonal() + damp)
     z = residual * scale
     direction, energy = z.clone(), (residual * z).sum(1, keepdim=True)
+    enough = torch.finfo(hessian.dtype).eps ** 2 * energy  # below it there is only rounding, which further steps would amplify
     for _ in range(iterations):
         image = (direction @ hessian + damp * direction) * kept
         curvature = (direction * image).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, energy / curvature, 0.0)  # a row that is solved stays
+        length = torch.where((curvature > 0) & (energy > enough), energy / curvature, 0.0)  # a row that is solved stays
         w += length * direction
         residual -= length * image
         z = residual * scale

@@ -219,7 +219,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 class _Ledger(TorchDispatchMode):
     """Every storage that operations allocate, with the moments of its birth and death, and the FLOPs of matrix products."""
 
-    def __init__(self, model: nn.Module, kept: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, kept: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary = _vocabulary(model)
         # By address: None for what was there before and does not count.

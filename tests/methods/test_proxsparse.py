@@ -1,4 +1,4 @@
-"""ProxSparse on a tiny random Llama: what is learned, what is recorded, and what must not be touched."""
+"""ProxSparse as published on a tiny random Llama: what is learned, what is recorded, and what must not be touched."""
 
 from __future__ import annotations
 
@@ -8,55 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from methods.tiny import WINDOWS, Notes, same, task, tiny
+from torch import Tensor
 
 from proxsparse_triton.errors import ConfigError, LearningError, ModelError
-from proxsparse_triton.methods.base import PruneResult, PruneTask
+from proxsparse_triton.methods.base import PruneResult
 from proxsparse_triton.methods.magnitude import magnitude_mask
 from proxsparse_triton.methods.proxsparse import ProxSparse, default_precision, rms
 from proxsparse_triton.models.selection import plan_layers
-from proxsparse_triton.progress import SILENT, Progress
 from proxsparse_triton.sparsity import check_mask
 from proxsparse_triton.training import memory
 from proxsparse_triton.training.loop import LoopConfig, fast_matmul, learn
 
-STEPS = 8
+STEPS = WINDOWS
 
 
-def tiny(device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().to(device, dtype)
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.lines.append(message)
-
-
-def task(device: str, rows: list[Mapping[str, object]] | None = None, **options: Any) -> PruneTask:
-    model = options.pop("model", None) or tiny(device)
-    progress, limit = options.pop("progress", SILENT), options.pop("memory", None)
-    generator = torch.Generator().manual_seed(1)
-    texts = tuple(torch.randint(48, (12,), generator=generator) for _ in range(STEPS))
-    record = (lambda row: None) if rows is None else rows.append
-    return PruneTask(model, plan_layers(model, **options), texts, 3, limit, progress, record)
+def paper(**settings: Any) -> ProxSparse:
+    return ProxSparse(recipe="paper", **settings)
 
 
 def run(device: str, **settings: Any) -> tuple[PruneResult, list[Mapping[str, Any]]]:
     rows: list[Mapping[str, Any]] = []
-    return ProxSparse(**settings).prune(task(device, rows)), rows
-
-
-def same(one: PruneResult, other: PruneResult) -> bool:
-    return all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    return paper(**settings).prune(task(device, rows)), rows
 
 
 def test_masks_and_what_is_recorded(device: str) -> None:
@@ -80,7 +53,7 @@ def test_masks_and_what_is_recorded(device: str) -> None:
 
 def test_unselected_layers_never_see_the_prox(device: str) -> None:
     given = task(device, skip=["mlp"])
-    ProxSparse(lambda1=50.0, lr=1e-2).prune(given)
+    paper(lambda1=50.0, lr=1e-2).prune(given)
     for name, parameter in given.model.named_parameters():
         zeros = int((parameter == 0).sum())
         assert (zeros > 0) == ("self_attn" in name), name
@@ -89,7 +62,7 @@ def test_unselected_layers_never_see_the_prox(device: str) -> None:
 def test_without_lambda1_it_is_plain_training(device: str) -> None:
     """By torch's own AdamW, then the two largest of each block."""
     given, by_hand = task(device), task(device)
-    result = ProxSparse(lambda1=0.0, lr=1e-2).prune(given)
+    result = paper(lambda1=0.0, lr=1e-2).prune(given)
     optimizer = torch.optim.AdamW(by_hand.model.parameters(), lr=0.0, weight_decay=0.0)
     by_hand.model.train()
     for step, window in enumerate(by_hand.windows):
@@ -109,7 +82,7 @@ def test_without_lambda1_it_is_plain_training(device: str) -> None:
 def test_mask_is_that_of_the_learned_weights(device: str) -> None:
     given = task(device)
     start = {name: linear.weight.detach().clone() for name, linear in given.linears().items()}
-    result = ProxSparse(lambda1=1.0, lr=2e-2).prune(given)
+    result = paper(lambda1=1.0, lr=2e-2).prune(given)
     moved = 0
     for name, linear in given.linears().items():
         assert torch.equal(result.masks[name], magnitude_mask(linear.weight))
@@ -149,8 +122,8 @@ def test_the_optimiser_of_a_model(device: str, lambda2: float) -> None:
     """Selected weights take prox and penalty, all others are plain; W0 is only kept where the penalty needs it."""
     given = task(device, skip=["mlp"])
     linears = given.linears()
-    settings = ProxSparse(lambda2=lambda2, frozen_eps=0.3, clip=2.0)
-    optimizer = settings.optimizer(given.model, linears, lr=1e-2, lambda1=0.7, seed=3)
+    settings = paper(lr=1e-2, lambda1=0.7, lambda2=lambda2, frozen_eps=0.3, clip=2.0)
+    optimizer = settings.optimizer(given.model, linears, STEPS, seed=3)
     prox, plain = optimizer.param_groups
     assert (prox["prox"], plain["prox"], prox["lambda1"], prox["frozen_eps"]) == (True, False, 0.7, 0.3)
     assert prox["param_names"] == list(linears)
@@ -165,10 +138,10 @@ def test_frozen_parameters_and_models_without_others(device: str) -> None:
     linears = given.linears()
     for name, p in given.model.named_parameters():
         p.requires_grad_(name in linears)
-    (group,) = ProxSparse().optimizer(given.model, linears, lr=1e-2, lambda1=0.7, seed=3).param_groups
+    (group,) = paper(lr=1e-2, lambda1=0.7).optimizer(given.model, linears, STEPS, seed=3).param_groups
     assert group["param_names"] == list(linears)
     before = given.model.get_input_embeddings().weight.clone()  # type: ignore[operator]
-    ProxSparse(lambda1=1.0, lr=1e-2).prune(given)
+    paper(lambda1=1.0, lr=1e-2).prune(given)
     assert torch.equal(given.model.get_input_embeddings().weight, before)  # type: ignore[operator]
 
 
@@ -198,8 +171,8 @@ def test_precision_reaches_the_optimiser(device: str, settings: dict[str, Any], 
     """What is asked for is kept for the pruned weights, and recorded."""
     given = task(device, model=tiny(device, torch.bfloat16))
     linears = given.linears()
-    method = ProxSparse(lambda1=1.0, lr=1e-2, **settings)
-    optimizer = method.optimizer(given.model, linears, lr=1e-2, lambda1=1.0, seed=3)
+    method = paper(lambda1=1.0, lr=1e-2, **settings)
+    optimizer = method.optimizer(given.model, linears, STEPS, seed=3)
     learn(given.model, given.windows, optimizer, LoopConfig(lr=1e-2))
     state = optimizer.state[next(iter(linears.values())).weight]
     found = {key: value.dtype for key, value in state.items() if isinstance(value, Tensor) and "scale" not in key}
@@ -219,7 +192,7 @@ def test_clip_modes(device: str) -> None:
     alive = []
     for p in given.model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: alive.append(sum(q.grad is not None for q in given.model.parameters())))
-    ProxSparse(clip_mode="none", **settings).prune(given)
+    paper(clip_mode="none", **settings).prune(given)
     assert set(alive) == {1}
 
 
@@ -227,7 +200,7 @@ def test_nan_without_clipping_is_found(device: str) -> None:
     given = task(device)
     given.linears()["model.layers.1.mlp.up_proj.weight"].weight.register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(LearningError, match=r"at step 1 of 8: ProxAdamW: .* model\.layers\.1\.mlp\.up_proj\.weight;"):
-        ProxSparse(lambda1=1.0, lr=1e-2, clip_mode="none").prune(given)
+        paper(lambda1=1.0, lr=1e-2, clip_mode="none").prune(given)
 
 
 @pytest.mark.parametrize(("asked", "limit", "expected"), [(None, None, False), (None, 1, True), (None, 10**12, False), (True, None, True),
@@ -236,7 +209,7 @@ def test_checkpointing_where_a_step_does_not_fit(asked: bool | None, limit: int 
     """Asked for, or decided by the limit; on the CPU there is none by default. It changes no mask."""
     notes = Notes()
     settings: Any = {"lambda1": 2.0, "lr": 1e-2}
-    result = ProxSparse(checkpointing=asked, **settings).prune(task("cpu", memory=limit, progress=notes))
+    result = paper(checkpointing=asked, **settings).prune(task("cpu", memory=limit, progress=notes))
     assert result.summary["checkpointing"] is expected
     assert any("checkpointing" in line for line in notes.lines) == expected
     assert same(result, run("cpu", **settings)[0])
@@ -246,28 +219,28 @@ def test_checkpointing_of_models_that_have_none_or_cannot_be_counted(monkeypatch
     """The first is never asked to; for the second the careful choice is made."""
     model = tiny("cpu")
     model.supports_gradient_checkpointing = False
-    assert ProxSparse(lr=1e-2).prune(task("cpu", model=model, memory=1)).summary["checkpointing"] is False
+    assert paper(lr=1e-2).prune(task("cpu", model=model, memory=1)).summary["checkpointing"] is False
 
     def refuse(*args: object, **options: object) -> None:
         raise ModelError("plan: expected something else")
 
     monkeypatch.setattr(memory, "meta_model", refuse)
-    assert ProxSparse(lr=1e-2).prune(task("cpu", memory=10**12)).summary["checkpointing"] is True
+    assert paper(lr=1e-2).prune(task("cpu", memory=10**12)).summary["checkpointing"] is True
 
 
 def test_memory_of_a_step() -> None:
     """W0 only with lambda2, in the dtype of the file; gradients all at once unless they are freed."""
     model = memory.meta_model(tiny("cpu").config, torch.float32)
     pruned = [f"{name}.weight" for name in plan_layers(model).selected()]
-    plain = ProxSparse().memory_of_step(model, pruned, 16, checkpointing=False).items
-    frozen = ProxSparse(lambda2=0.5).memory_of_step(model, pruned, 16, checkpointing=False).items
-    stored = ProxSparse(lambda2=0.5).memory_of_step(model, pruned, 16, checkpointing=False, stored=torch.bfloat16).items
+    plain = paper().memory_of_step(model, pruned, 16, checkpointing=False).items
+    frozen = paper(lambda2=0.5).memory_of_step(model, pruned, 16, checkpointing=False).items
+    stored = paper(lambda2=0.5).memory_of_step(model, pruned, 16, checkpointing=False, stored=torch.bfloat16).items
     weights = sum(model.get_parameter(name).nbytes for name in pruned)
     assert (plain["pretrained"], frozen["pretrained"], stored["pretrained"]) == (0, weights, weights // 2)
     assert {key: value for key, value in plain.items() if key != "pretrained"} == {
         key: value for key, value in stored.items() if key != "pretrained"
     }
-    clipped, released = (ProxSparse(clip_mode=mode).memory_of_step(model, pruned, 2, checkpointing=True) for mode in ("total", "none"))
+    clipped, released = (paper(clip_mode=mode).memory_of_step(model, pruned, 2, checkpointing=True) for mode in ("total", "none"))
     assert released.peak < clipped.peak
     assert clipped.items["gradients"] > 2 * released.items["gradients"]
 
@@ -298,7 +271,7 @@ def test_strength_scales_with_the_model(device: str) -> None:
         given = task(device, rows)
         for linear in given.linears().values():
             linear.weight.data *= scale
-        ProxSparse(lambda1=4.0 / scale, lr=1e-9).prune(given)
+        paper(lambda1=4.0 / scale, lr=1e-9).prune(given)
         shares.append(rows[0]["share_24"])
     assert shares[0] == pytest.approx(shares[1], abs=0.01)
     assert 0.05 < shares[0] < 1
@@ -306,7 +279,7 @@ def test_strength_scales_with_the_model(device: str) -> None:
 
 def test_learning_in_bf16(device: str) -> None:
     model = tiny(device, torch.bfloat16)
-    result = ProxSparse(lambda1=1.0, lr=1e-2, lambda2=0.1).prune(task(device, model=model))
+    result = paper(lambda1=1.0, lr=1e-2, lambda2=0.1).prune(task(device, model=model))
     for name, mask in result.masks.items():
         check_mask("test", name, mask)
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
@@ -326,7 +299,7 @@ def test_weights_without_a_scale(device: str, value: float) -> None:
     for linear in given.linears().values():
         linear.weight.data.fill_(value)
     with pytest.raises(ModelError, match="proxsparse: expected finite weights that are not all zero"):
-        ProxSparse().prune(given)
+        paper().prune(given)
 
 
 @pytest.mark.parametrize(
@@ -345,9 +318,9 @@ def test_weights_without_a_scale(device: str, value: float) -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ProxSparse(**settings)
+        paper(**settings)
 
 
 def test_low_bits_of_fp32_weights(device: str) -> None:
     with pytest.raises(ConfigError, match=r"--weight-bits 24 with bf16 weights only, got torch\.float32\. Learn with --dtype bfloat16"):
-        ProxSparse(weight_bits=24).prune(task(device))
+        paper(weight_bits=24).prune(task(device))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from proxsparse_triton.models.statistics import Hessian, InputNorm, observe
+from proxsparse_triton.models.statistics import Hessian, InputNorm, input_rms, observe
 
 
 def inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -59,3 +60,26 @@ def test_no_graph_is_kept() -> None:
     with observe({"x": linear}, {"x": hessian}):
         linear(x)
     assert not hessian.value().requires_grad
+
+
+def test_rms_of_the_inputs_of_a_model(device: str) -> None:
+    """Over all tokens of all windows, whatever their length; the model is left as it was, and a layer without tokens has zeros."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4)
+    ).to(device)
+    model.train()
+    linears = {name: model.get_submodule(f"model.layers.1.{name}") for name in ("self_attn.q_proj", "mlp.down_proj")}
+    windows = [torch.arange(7), torch.arange(20, 32)]
+    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
+    hooks = [m.register_forward_pre_hook(lambda _, args, name=n: seen[name].append(args[0].flatten(0, -2))) for n, m in linears.items()]
+    found = input_rms(model, {**linears, "idle": nn.Linear(4, 4).to(device)}, windows)
+    for hook in hooks:
+        hook.remove()
+    for name, parts in seen.items():
+        x = torch.cat(parts).double()
+        assert len(x) == 19
+        torch.testing.assert_close(found[name].double(), x.square().mean(0).sqrt(), rtol=1e-5, atol=0)
+    assert not found["idle"].any()
+    assert model.training
+    assert not any(parameter.grad is not None for parameter in model.parameters())

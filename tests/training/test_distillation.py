@@ -1,0 +1,188 @@
+"""The divergence from the dense model against torch's own in fp64, and how the loss is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from proxsparse_triton.errors import ConfigError, ModelError
+from proxsparse_triton.training.batches import Batch
+from proxsparse_triton.training.distillation import DistillationLoss, divergence, linear_divergence
+
+VOCABULARY, WIDTH, ROWS = 40, 16, 11
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3
+    )
+    return LlamaForCausalLM(config)
+
+
+def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden, target = (torch.randn(ROWS, WIDTH, generator=generator).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype), torch.randn(VOCABULARY, generator=generator).to(dtype)
+    return hidden, target, weight, bias, torch.rand(ROWS, generator=generator) < 0.7
+
+
+def oracle(logits: Tensor, target: Tensor, real: Tensor, temperature: float) -> Tensor:
+    log_p, log_p0 = (F.log_softmax(z[real] / temperature, -1) for z in (logits, target))
+    return F.kl_div(log_p, log_p0, log_target=True, reduction="sum") * temperature**2 / real.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_divergence_is_torchs(temperature: float, padded: bool) -> None:
+    hidden, target, weight, _, real = case()
+    logits, of_teacher = hidden @ weight.T, target @ weight.T
+    mask = real if padded else torch.ones_like(real)
+    found = divergence(logits, of_teacher, mask if padded else None, temperature=temperature)
+    assert found.item() == pytest.approx(oracle(logits, of_teacher, mask, temperature).item(), rel=1e-12)
+    assert found > 0.1
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, ROWS * VOCABULARY, 10**6])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_value_and_gradient_in_chunks(chunk: int, with_bias: bool, padded: bool) -> None:
+    hidden, target, weight, bias, real = case()
+    mask, offset = real if padded else torch.ones_like(real), bias if with_bias else None
+    one, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    expected = oracle(F.linear(one, weight, offset), F.linear(target, weight, offset), mask, 2.0)
+    expected.backward()
+    found = linear_divergence(other, target, weight, offset, mask if padded else None, temperature=2.0, chunk=chunk)
+    (3 * found).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(other.grad, 3 * one.grad, rtol=1e-10, atol=1e-14)
+    assert padded == bool((other.grad == 0).all(-1).any())
+
+
+def test_bf16_is_summed_in_fp32() -> None:
+    hidden, target, weight, _, _ = case(torch.bfloat16)
+    found = linear_divergence(hidden, target, weight, None)
+    exact = divergence((hidden @ weight.T).float().double(), (target @ weight.T).float().double())
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden, target, weight, _, _ = case()
+    loss = linear_divergence(hidden.requires_grad_(), target, weight, None)
+    loss.backward(retain_graph=True)
+    with pytest.raises(ConfigError, match="one backward pass, got a second"):
+        loss.backward()
+
+
+def test_a_teacher_of_another_vocabulary() -> None:
+    with pytest.raises(ModelError, match=r"expected a teacher with the model's vocabulary, logits \(3, 8\), got \(3, 9\)"):
+        divergence(torch.zeros(3, 8), torch.zeros(3, 9))
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def scaled(model: nn.Module, factor: float):  # type: ignore[no-untyped-def]
+    """A teacher: the model with one matrix multiplied."""
+
+    @contextmanager
+    def teacher() -> Iterator[None]:
+        weight = model.get_submodule("model.layers.1.mlp.down_proj").weight
+        before = weight.data
+        weight.data = factor * before
+        try:
+            yield
+        finally:
+            weight.data = before
+
+    return teacher
+
+
+def batch(padded: bool = False) -> Batch:
+    tokens = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 6:] = False
+    return Batch(tokens, mask if padded else None)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunked_and_whole_logits_agree(padded: bool) -> None:
+    model = tiny()
+    given = batch(padded)
+    gradients = []
+    for chunkable in (True, False):
+        loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0), chunkable=chunkable, chunk=100)
+        assert loss.chunked == chunkable
+        value = loss(given)
+        value.backward()
+        gradients.append((value.item(), model.get_parameter("model.layers.0.mlp.up_proj.weight").grad.clone()))
+        model.zero_grad()
+    (one, first), (other, second) = gradients
+    assert one == pytest.approx(other, rel=1e-5)
+    assert one > 1e-3
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
+
+
+def test_a_padded_position_teaches_nothing() -> None:
+    model, given = tiny(), batch(padded=True)
+    loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0))
+    before = loss(given).item()
+    given.tokens[1, 6:] = 7
+    assert loss(given).item() == pytest.approx(before, rel=1e-6)
+
+
+def test_a_teacher_that_is_the_model_has_nothing_to_say() -> None:
+    model, given = tiny(), batch()
+    loss = DistillationLoss(model, given.tokens[0], nothing)(given)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    assert all(p.grad.abs().max() < 1e-5 for p in model.parameters() if p.grad is not None)
+
+
+def test_logits_that_are_more_than_a_head_are_compared_whole() -> None:
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, logit_scale=0.5,
+        initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, given = CohereForCausalLM(config), batch()
+    loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0))
+    assert not loss.chunked
+    with torch.no_grad():
+        logits = model(input_ids=given.tokens).logits.double()
+        with scaled(model, 3.0)():
+            target = model(input_ids=given.tokens).logits.double()
+    expected = oracle(logits.flatten(0, 1), target.flatten(0, 1), torch.ones(18, dtype=torch.bool), 2.0)
+    assert loss(given).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_teacher_has_no_dropout() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=48,
+        hidden_size=16,
+        ffn_dim=28,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=16,
+        dropout=0.5,
+        init_std=0.3,
+    )
+    model, given = OPTForCausalLM(config).train(), batch()
+    seen: list[bool] = []
+    handle = model.get_submodule("model.decoder.layers.0").register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    loss = DistillationLoss(model, given.tokens[0], nothing)
+    seen.clear()
+    assert loss(given).item() > 1e-3  # the student has
+    handle.remove()
+    assert seen == [False, True]
+    assert model.training

@@ -1,0 +1,121 @@
+"""Passes and steps, rates of groups, and what is written of the mask while it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proxsparse_triton.errors import ConfigError
+from proxsparse_triton.optim.prox_adamw import ProxAdamW
+from proxsparse_triton.progress import Progress
+from proxsparse_triton.training.batches import Batch
+from proxsparse_triton.training.loop import LoopConfig, learn, steps_of
+from proxsparse_triton.training.watch import MaskWatch
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4))
+
+
+def windows(count: int) -> list[Tensor]:
+    return list(torch.randint(48, (count, 8), generator=torch.Generator().manual_seed(1)))
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".mlp." in n}
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def run(
+    config: LoopConfig, count: int = 3, *, lambda1: float = 0.0, **options: Any
+) -> tuple[list[Mapping[str, Any]], list[Tensor], list[list[float]]]:
+    """Rows, the tokens of every step, and the rates of its groups."""
+    model = tiny()
+    linears = linears_of(model)
+    optimizer = ProxAdamW([{"params": [(n, m.weight)], "lr": 1e-3 * (i + 1)} for i, (n, m) in enumerate(linears.items())], lambda1=lambda1)
+    rows: list[Mapping[str, Any]] = []
+    seen: list[Tensor] = []
+    rates: list[list[float]] = []
+
+    def loss(batch: Batch) -> Tensor:
+        seen.append(batch.tokens)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        out: Tensor = model(input_ids=batch.tokens, labels=batch.tokens).loss
+        return out
+
+    watch = MaskWatch(linears, {}, steps_of(count, config), masked=False) if options.pop("watched", False) else None
+    learn(model, windows(count), optimizer, config, loss, watch, record=rows.append, **options)
+    return rows, seen, rates
+
+
+def test_as_many_passes_as_the_steps_take() -> None:
+    rows, seen, _ = run(LoopConfig(steps=8))
+    assert len(rows) == steps_of(3, LoopConfig(steps=8)) == 8
+    passes = [torch.cat(seen[start : start + 3]) for start in (0, 3)]
+    assert torch.equal(passes[0], torch.stack(windows(3)))  # the first as given
+    assert torch.equal(passes[1].unique(dim=0), passes[0].unique(dim=0))  # every window again
+    assert rows[-1]["lr"] == pytest.approx(rows[1]["lr"] / 7)  # one decay over all of them
+    epochs, *_ = run(LoopConfig(epochs=2))
+    same, *_ = run(LoopConfig(steps=6))
+    assert epochs == same
+
+
+def test_fewer_steps_than_windows() -> None:
+    rows, seen, _ = run(LoopConfig(steps=2))
+    assert len(rows) == 2
+    assert torch.equal(torch.cat(seen), torch.stack(windows(3)[:2]))
+
+
+def test_groups_keep_the_ratio_of_their_rates() -> None:
+    rates = torch.tensor(run(LoopConfig(steps=20))[-1])
+    torch.testing.assert_close(rates[2], 1e-3 * torch.arange(1, 7))  # the peak
+    assert rates[0].max() == 0
+    torch.testing.assert_close(rates[10] / rates[2], torch.full((6,), 10 / 18))
+    assert set(run(LoopConfig(lr=5e-3, steps=20))[-1][2]) == {5e-3}
+
+
+def test_changes_of_the_mask_now_and_then() -> None:
+    rows, *_ = run(LoopConfig(lr=2e-2, steps=50), watched=True)
+    looked = [row["step"] for row in rows if "mask_changes" in row]
+    assert looked == list(range(2, 51, 2))
+    assert list(rows[1]["mask_changes"]) == list(linears_of(tiny()))
+    assert max(rows[9]["mask_changes"].values()) > 0
+    short, *_ = run(LoopConfig(lr=2e-2, steps=43), watched=True)
+    assert "mask_changes" in short[-1]  # always after the last step
+    plain, *_ = run(LoopConfig(lr=2e-2, steps=50))
+    assert [row["loss"] for row in plain] == [row["loss"] for row in rows]
+    assert not any("mask_changes" in row or "warnings" in row for row in plain)
+
+
+def test_warnings_are_noted_and_recorded() -> None:
+    notes = Notes()
+    rows, *_ = run(LoopConfig(steps=20), lambda1=500.0, watched=True, progress=notes)
+    warned = {row["step"]: row["warnings"] for row in rows if "warnings" in row}
+    assert list(warned) == [3]
+    assert warned[3] == notes.lines
+    assert "before the learning rate peaked (step 3 of 20)" in notes.lines[0]
+    rows, *_ = run(LoopConfig(steps=20), watched=True, progress=notes)
+    assert [row["step"] for row in rows if "warnings" in row] == [18]
+    assert "undecided with 10 % of the steps left" in notes.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"steps": 0}, "expected steps >= 1, got 0"), ({"steps": 5, "epochs": 2}, r"expected --steps or --epochs, got both \(5 and 2\)")],
+)
+def test_settings_that_contradict(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoopConfig(**settings)

@@ -1,0 +1,174 @@
+"""The mask in the loss: what layers compute with, what gradients they get, and that everything is as before afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proxsparse_triton.ops import mask_24
+from proxsparse_triton.training.batches import Batch
+from proxsparse_triton.training.loss import NextTokenLoss
+from proxsparse_triton.training.memory import checkpointing
+from proxsparse_triton.training.pretrained import PretrainedWeights, compact, mask_scores
+
+
+def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Linear, Tensor]:
+    """A layer whose learned weights are not its pretrained ones, and these."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 12, bias=bias).to(dtype)
+    return linear, linear.weight.detach().clone()
+
+
+def moved(linear: nn.Linear) -> None:
+    with torch.no_grad():
+        linear.weight += 0.2 * torch.randn(12, 16, generator=torch.Generator().manual_seed(1)).to(linear.weight)
+
+
+def expected_weight(linear: nn.Linear, w0: Tensor, scale: Tensor | None) -> Tensor:
+    scores = linear.weight.detach().float().abs() * (1 if scale is None else scale)
+    return (w0 * mask_24(scores)).to(linear.weight.dtype)
+
+
+SCALE = torch.rand(16, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize("bias", [False, True])
+def test_masked_forward_and_straight_through(dtype: torch.dtype, scale: Tensor | None, bias: bool) -> None:
+    """Against a layer whose weight is W0 * mask, by ordinary autograd."""
+    linear, w0 = layer(dtype, bias)
+    pretrained = PretrainedWeights({"w": linear}, {} if scale is None else {"w": scale})
+    moved(linear)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weight = expected_weight(linear, w0, scale).requires_grad_()
+    plain = F.linear(one, weight, None if linear.bias is None else linear.bias.detach())
+    with pretrained.forward("masked"):
+        out = linear(other)
+    assert torch.equal(out, plain)
+    assert not torch.equal(weight, expected_weight(linear, linear.weight.detach(), scale))
+    upstream = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(4)).to(dtype)
+    plain.backward(upstream)
+    out.backward(upstream)
+    bounds = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(other.grad, one.grad, **bounds)
+    torch.testing.assert_close(linear.weight.grad, weight.grad, **bounds)  # of pruned weights too
+    if linear.bias is not None:
+        torch.testing.assert_close(linear.bias.grad, upstream.flatten(0, 1).sum(0), **bounds)
+
+
+def test_learned_forward_is_the_layers_own() -> None:
+    linear, _ = layer()
+    pretrained = PretrainedWeights({"w": linear})
+    moved(linear)
+    x = torch.randn(3, 16)
+    with pretrained.forward("learned"):
+        out = linear(x)
+    assert torch.equal(out, F.linear(x, linear.weight, linear.bias))
+
+
+def tiny(**more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **more
+    )
+    return LlamaForCausalLM(config)
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+
+
+TOKENS = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("kind", ["learned", "masked"])
+def test_the_teacher_is_the_dense_model(kind: Any) -> None:
+    """Whatever has been learned, also by parameters that are not pruned; afterwards all of it is there again."""
+    model = tiny()
+    dense = model(input_ids=TOKENS).logits
+    linears = linears_of(model)
+    others = {name: p for name, p in model.named_parameters() if name not in linears}
+    pretrained = PretrainedWeights(linears, others=others)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    learned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pretrained.forward(kind), torch.no_grad():
+        student = model(input_ids=TOKENS).logits
+        with pretrained.teacher():
+            assert torch.equal(model(input_ids=TOKENS).logits, dense)
+        assert torch.equal(model(input_ids=TOKENS).logits, student)
+    assert not torch.allclose(student, dense)
+    assert all(torch.equal(p, learned[name]) for name, p in model.named_parameters())
+
+
+def test_everything_is_put_back_after_an_error() -> None:
+    model = tiny()
+    linears = linears_of(model)
+    embedding = model.get_input_embeddings().weight
+    pretrained = PretrainedWeights(linears, others={"embedding": embedding})
+    data = embedding.data
+    with pytest.raises(ZeroDivisionError), pretrained.forward("masked"), pretrained.teacher():
+        raise ZeroDivisionError
+    assert all("forward" not in vars(linear) for linear in linears.values())
+    assert embedding.data.data_ptr() == data.data_ptr()
+    x = torch.randn(3, 16)
+    linear = next(iter(linears.values()))
+    assert torch.equal(linear(x), F.linear(x, linear.weight))
+
+
+def gradients(checkpoint: bool) -> dict[str, Tensor]:
+    model = tiny().train()
+    linears = linears_of(model)
+    pretrained = PretrainedWeights(linears)
+    with torch.no_grad():
+        for linear in linears.values():
+            linear.weight += 0.1 * torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(6))
+    with pretrained.forward("masked"), checkpointing(model, checkpoint):
+        NextTokenLoss(model, TOKENS[0])(Batch(TOKENS, None)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    plain, saving = gradients(False), gradients(True)
+    assert all(torch.equal(gradient, saving[name]) for name, gradient in plain.items())
+
+
+def test_w0_is_kept_in_bf16_where_that_loses_nothing() -> None:
+    exact = torch.randn(4, 8).to(torch.bfloat16)
+    assert compact(exact).dtype == torch.bfloat16
+    assert compact(exact).data_ptr() != exact.data_ptr()
+    assert compact(exact.float()).dtype == torch.bfloat16
+    assert torch.equal(compact(exact.float()).float(), exact.float())
+    fine = torch.randn(4, 8)
+    assert torch.equal(compact(fine), fine)
+    assert compact(fine).data_ptr() != fine.data_ptr()
+
+
+def test_fp32_weights_with_a_bf16_w0() -> None:
+    linear, _ = layer()
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.bfloat16())
+    w0 = linear.weight.detach().clone()
+    pretrained = PretrainedWeights({"w": linear}, {"w": SCALE})
+    assert pretrained.tensors["w"].dtype == torch.bfloat16
+    moved(linear)
+    x = torch.randn(3, 16)
+    with pretrained.forward("masked"):
+        assert torch.equal(linear(x), F.linear(x, expected_weight(linear, w0, SCALE), linear.bias))
+
+
+def test_scores_are_those_the_operation_compares() -> None:
+    w = torch.randn(6, 16).to(torch.bfloat16)
+    scale = SCALE.clone()
+    scale[3] = 0  # a dead feature: its weights keep their order
+    assert torch.equal(mask_scores(w, None), w.float().abs())
+    assert torch.equal(mask_scores(w, scale), w.float().abs() * scale.clamp_min(1e-20))
+    assert mask_scores(w.double(), scale).dtype == torch.float64

@@ -1,0 +1,72 @@
+"""What is seen of the mask while it is learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from proxsparse_triton.training import watch
+from proxsparse_triton.training.watch import MaskWatch, Pace
+
+
+def test_shares_of_blocks_that_changed() -> None:
+    linear = nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]).repeat(4, 2))
+    seen = MaskWatch({"w": linear}, {}, steps=40, masked=True)
+    assert seen.every == 2
+    assert seen.changes()["w"].item() == 0
+    with torch.no_grad():
+        linear.weight[0, 2] = 9.0  # another mask
+        linear.weight[1, 0] = -8.0  # the same
+        linear.weight[3, 4:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert seen.changes()["w"].item() == 2 / 8
+    assert seen.changes()["w"].item() == 0  # since the last look
+
+
+def test_the_mask_is_that_of_the_scaled_weights() -> None:
+    linear = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    plain, scaled = (MaskWatch({"w": linear}, scales, 1, masked=True) for scales in ({}, {"w": torch.tensor([0.0, 1.0, 1.0, 1.0])}))
+    with torch.no_grad():
+        linear.weight[0, 0] = 0.5  # magnitude's mask changes, the other had no room for it
+    assert plain.changes()["w"].item() == 1
+    assert scaled.changes()["w"].item() == 0
+
+
+def test_large_layers_are_sampled_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SAMPLE", 64)
+    linear = nn.Linear(8, 32, bias=False)  # 256 weights: every fourth row
+    seen = MaskWatch({"w": linear}, {}, 100, masked=False)
+    with torch.no_grad():
+        linear.weight[1] = linear.weight[1].flip(0) * 3
+        assert seen.changes()["w"].item() == 0
+        linear.weight[4] = torch.tensor([0.0, 0.0, 5.0, 5.0]).repeat(2) * torch.where(linear.weight[4].abs() > 0, 1.0, 1.0)
+        linear.weight[8] = torch.tensor([5.0, 5.0, 0.0, 0.0]).repeat(2)
+    assert 0 < seen.changes()["w"].item() <= 4 / 16
+
+
+@pytest.mark.parametrize(
+    ("step", "share", "masked", "warned"),
+    [
+        (10, 0.51, True, "51 % of the blocks committed before the learning rate peaked (step 11 of 100)"),
+        (10, 0.50, True, None),
+        (9, 0.99, True, None),
+        (11, 0.99, True, None),
+        (89, 0.69, False, "31 % of the blocks undecided with 10 % of the steps left"),
+        (89, 0.71, False, None),
+        (89, 0.10, True, None),  # the loss has seen the mask
+        (88, 0.10, False, None),
+        (90, 0.10, False, None),
+    ],
+)
+def test_warnings_come_while_there_is_time(step: int, share: float, masked: bool, warned: str | None) -> None:
+    found = Pace(100, 10, masked).warning(step, share)
+    assert (found is None) == (warned is None)
+    assert found is None or (found.startswith(warned or "") and "--lambda1" in found)
+
+
+def test_a_run_of_one_step() -> None:
+    assert Pace(1, 1, False).warning(0, 0.0) is not None
