@@ -24,7 +24,7 @@ from proxsparse_triton.pipeline import RunConfig, prune
 ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
 METHODS = ("magnitude", "wanda", "sparsegpt", "proxsparse")
-SETTINGS = {"proxsparse": {"lambda1": 20.0, "lr": 2e-3}, "sparsegpt": {"mask_only": True}}
+SETTINGS = {"proxsparse": {"recipe": "paper", "lambda1": 20.0, "lr": 2e-3}, "sparsegpt": {"mask_only": True}}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path,
 
 def test_one_complete_run_folder_per_method(finished: tuple[Path, Comparison, list[bool]]) -> None:
     out, result, _ = finished
-    assert {path.name for path in out.iterdir()} == {*METHODS, "manifest.json"}
+    assert {path.name for path in out.iterdir()} == {*METHODS, "manifest.json", "report.html"}
     assert [path.name for path in out.parent.iterdir()] == ["table"]
     for row in result.rows:
         assert row.record.folder == out / row.record.method
@@ -99,7 +99,10 @@ def test_all_methods_saw_the_same_windows(finished: tuple[Path, Comparison, list
     assert result.inputs.evaluation is not None
     for method in METHODS:
         manifest = json.loads((out / method / "manifest.json").read_text())
-        assert manifest["calibration"]["fingerprint"] == result.inputs.calibration.fingerprint
+        if method == "magnitude":  # reads none
+            assert manifest["calibration"] is None
+        else:
+            assert manifest["calibration"]["fingerprint"] == result.inputs.calibration.fingerprint
         assert manifest["evaluation"]["fingerprint"] == result.inputs.evaluation.fingerprint
 
 
@@ -165,7 +168,7 @@ def test_methods_once_each(methods: list[str], text: str, tmp_path: Path) -> Non
 def test_a_method_that_diverges_keeps_its_metrics(text: str, tmp_path: Path) -> None:
     """No folder under the output's name, but the steps that were taken can be read."""
     with pytest.raises(LearningError, match="at step 3 of 4"):
-        compare(config(tmp_path / "run", text), ["magnitude", "proxsparse"], {"proxsparse": {"lr": 1e30}})
+        compare(config(tmp_path / "run", text), ["magnitude", "proxsparse"], {"proxsparse": {"recipe": "paper", "lr": 1e30}})
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"run.partial/proxsparse.partial/metrics.jsonl"}
     rows = (tmp_path / "run.partial" / "proxsparse.partial" / "metrics.jsonl").read_text().splitlines()

@@ -32,7 +32,7 @@ from proxsparse_triton.sparsity import check_mask
 ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
 # Four steps hardly move a mask by the derived settings; these do.
-LEARN = {"lambda1": 20.0, "lr": 2e-3}
+LEARN = {"recipe": "paper", "lambda1": 20.0, "lr": 2e-3}
 RUN_FILES = {
     "config.json",
     "manifest.json",
@@ -141,7 +141,7 @@ def test_metrics(finished: Finished) -> None:
     rows = rows_of(finished.folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert set(row) == {"step", "loss", "penalty", "grad_norm", "lr", "share_24", "layers"}
+        assert set(row) - {"warnings"} == {"step", "loss", "penalty", "grad_norm", "lr", "share_24", "layers", "mask_changes"}
         assert set(row["layers"]) == set(finished.record.parameters)
     assert rows[-1]["share_24"] > rows[0]["share_24"]
     assert rows[-1]["share_24"] == pytest.approx(finished.record.summary["share_24"])
@@ -153,7 +153,7 @@ def test_manifest(finished: Finished, text: str) -> None:
     assert set(manifest["versions"]) >= {"python", "torch", "transformers", "safetensors"}
     assert set(manifest["model"]["files"]) == {"config.json", "model.safetensors"}
     assert manifest["model"]["spec"] == "demo"
-    expected = {field.name for field in dataclasses.fields(RunConfig)} - {"output"}
+    expected = {field.name for field in dataclasses.fields(RunConfig)} - {"output", "command"}
     assert set(manifest["config"]) == expected
     assert manifest["config"]["settings"] == LEARN
     assert manifest["config"]["seed"] == 42
@@ -177,7 +177,8 @@ def test_plan_is_noted_before_learning(finished: Finished) -> None:
     lines = finished.notes
     plan = next(i for i, line in enumerate(lines) if line.startswith("pruning 28 of 29 layers in model.layers: 1.6 M weights"))
     assert lines[plan + 1] == "  skipped lm_head [4096, 192]: output head"
-    assert lines[plan + 2].startswith("proxsparse: 4 steps, lambda1 20,")
+    assert lines[plan + 2].startswith("proxsparse, recipe paper: 4 steps of 1 window (1 pass over 4), loss ce at the learned weights, ")
+    assert "lambda1 20, lambda2 0, lr 0.002" in lines[plan + 2]
 
 
 def test_verify_passes(finished: Finished) -> None:
@@ -349,7 +350,7 @@ def test_divergence_keeps_the_metrics(text: str, tmp_path: Path) -> None:
     """Real divergence by an absurd learning rate; step 1 has rate 0, step 2 breaks the weights, step 3 sees it."""
     out = tmp_path / "run"
     with pytest.raises(LearningError, match=r"at step 3 of 4, first seen in model\."):
-        prune(config(out, text, settings={"lr": 1e30, "lambda1": 0.1}))
+        prune(config(out, text, settings={"recipe": "paper", "lr": 1e30, "lambda1": 0.1}))
     assert not out.exists()
     partial = tmp_path / "run.partial"
     assert [path.name for path in partial.iterdir()] == ["metrics.jsonl"]

@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def plan_of(config: Any, dtype: torch.dtype = torch.bfloat16, *, settings: ProxSparse | None = None, **options: Any) -> MemoryPlan:
-    return predict(config, dtype, settings or ProxSparse(lambda2=0.25), 4096, **options)
+    return predict(config, dtype, settings or ProxSparse(recipe="paper", lambda2=0.25), 4096, **options)
 
 
 def test_llama_2_7b() -> None:
@@ -55,7 +55,7 @@ def test_qwen_14b_fits_into_139_gib() -> None:
 
 
 def test_settings_that_are_given_stay() -> None:
-    settings = ProxSparse(weight_bits=32, moments="float32", checkpointing=False)
+    settings = ProxSparse(recipe="paper", weight_bits=32, moments="float32", checkpointing=False)
     plan = plan_of(LLAMA_2_7B, settings=settings, limit=80 * 10**9)
     assert plan.settings == settings
     assert plan.items["residual"] == pytest.approx(2 * 6.476e9, rel=1e-3)
@@ -125,7 +125,7 @@ def test_plan_of_a_run_reads_no_weight(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("load_model", "load_tokenizer", "open_source"):
         monkeypatch.setattr(pipeline, name, lambda *args, **options: pytest.fail("something was loaded"))
     planned = plan_run(run(tmp_path, samples=100, settings={"batch_size": 2}))
-    assert planned.plan.steps == 50
+    assert planned.plan.steps == 200  # four passes of 50
     assert (planned.memory, planned.fits, planned.change) == (None, None, ())
     assert planned.plan.items["weights"] == pytest.approx(4 * 2.4e6, rel=0.05)
     assert list(tmp_path.iterdir()) == []
@@ -155,7 +155,7 @@ def test_what_fits_with_checkpointing_is_no_change_to_ask_for(tmp_path: Path) ->
 
 def test_advice_where_it_does_not_fit(tmp_path: Path) -> None:
     """The fewest changes, those that cost no quality first; each on top of those before."""
-    settings = {"batch_size": 8, "checkpointing": False}
+    settings = {"recipe": "paper", "batch_size": 8, "checkpointing": False}
     small = plan_run(run(tmp_path, settings={**settings, "checkpointing": True}, dtype="bfloat16")).plan.peak
     planned = plan_run(run(tmp_path, settings=settings, gpu_memory=small / (1 - memory.RESERVE) / 1e9 + 1e-3))
     assert planned.fits is False

@@ -61,8 +61,8 @@ def test_settings_reach_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     original = learn.learn
 
-    def watched(model: Any, windows: Any, optimizer: Any, config: Any) -> None:
-        original(model, windows, optimizer, config)
+    def watched(model: Any, windows: Any, optimizer: Any, config: Any, loss_of: Any) -> None:
+        original(model, windows, optimizer, config, loss_of)
         prox, plain = optimizer.param_groups
         w = prox["params"][0]
         state = optimizer.state[w]

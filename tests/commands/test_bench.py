@@ -160,7 +160,7 @@ def test_options_of_learn() -> None:
     ours, plain = json.loads(result.stdout)["rows"]
     assert (ours["tokens"], ours["lambda2"], ours["weight_bits"], ours["moments"], ours["checkpointing"]) == (32, 0, 16, "int8", "on")
     assert plain["checkpointing"] == "on"
-    assert "tiny: 16-bit weights, int8 moments, lambda2 0, checkpointing on, predicted peak" in result.stderr
+    assert "tiny: recipe paper, loss ce, 16-bit weights, int8 moments, lambda2 0, checkpointing on, predicted peak" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from proxsparse_triton.methods.magnitude import Magnitude
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
 SMALL = ["--samples", "4", "--seqlen", "64", "--eval-windows", "4"]
-LEARN = ["--lambda1", "20", "--lr", "2e-3"]
+LEARN = ["--recipe", "paper", "--lambda1", "20", "--lr", "2e-3"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,7 +71,8 @@ def test_result_on_stdout_and_the_rest_on_stderr(text: str, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     assert "pruning 28 of 29 layers" in result.stderr
     assert "skipped lm_head [4096, 192]: output head" in result.stderr
-    assert "proxsparse: 4 steps, lambda1 20, lambda2 0, lr 0.002" in result.stderr
+    assert "proxsparse, recipe paper: 4 steps of 1 window (1 pass over 4)" in result.stderr
+    assert "lambda1 20, lambda2 0, lr 0.002" in result.stderr
     assert "pruning" not in result.stdout
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert f"{manifest['perplexity']['pruned']:.3f}" in result.stdout
@@ -155,7 +156,7 @@ def test_plan_prints_and_does_nothing(tmp_path: Path) -> None:
     for line in ("weights", "moments", "pretrained", "activations", "workspace", "peak", "time", "checkpointing"):
         assert line in out
     assert "residual" not in out  # fp32 weights have none
-    assert "plan of demo: 400 steps" in out
+    assert "plan of demo: 800 steps" in out
     if not torch.cuda.is_available():
         assert "give its size with --gpu-memory GB" in out
         assert "not known for this device" in out
@@ -172,7 +173,7 @@ def test_plan_says_whether_it_fits_and_what_to_change(tmp_path: Path) -> None:
 def test_plan_for_machines(tmp_path: Path) -> None:
     report = json.loads(plan("--gpu-memory", "0.05", "--dtype", "bfloat16", "--json", output=tmp_path / "run").stdout)
     assert report["peak_bytes"] == sum(report["items"].values()) > 50e6
-    assert (report["steps"], report["gpu_memory_bytes"], report["fits"], report["change"]) == (400, 50_000_000, False, [])
+    assert (report["steps"], report["gpu_memory_bytes"], report["fits"], report["change"]) == (800, 50_000_000, False, [])
     assert report["settings"] == {"weight_bits": 24, "moments": "float32", "checkpointing": True}
     assert report["changed_peak_bytes"] is None
 
@@ -376,7 +377,7 @@ def test_no_permission_to_write(text: str, tmp_path: Path) -> None:
 
 
 def test_divergence_keeps_the_metrics(text: str, tmp_path: Path) -> None:
-    result = run("demo", "-o", tmp_path / "run", "--calibration", text, *SMALL, "--lr", "1e30")
+    result = run("demo", "-o", tmp_path / "run", "--calibration", text, *SMALL, "--recipe", "paper", "--lr", "1e30")
     assert result.exit_code == 1
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("pst: learning: expected finite losses and gradients, got loss ")

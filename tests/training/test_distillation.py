@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from proxsparse_triton.errors import ConfigError, ModelError
 from proxsparse_triton.training.batches import Batch
@@ -73,6 +87,54 @@ def test_bf16_is_summed_in_fp32() -> None:
     assert found.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_are_the_divergence_of_whole_logits(dtype: torch.dtype, temperature: float) -> None:
+    """Both losses, value and gradient; a temperature that is no power of two rounds bf16 logits once more."""
+    hidden, target, weight, bias, real = case(dtype)
+    one, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    whole = divergence(F.linear(one, weight, bias), F.linear(target, weight, bias), real, temperature=temperature)
+    whole.backward()
+    found = linear_divergence(other, target, weight, bias, real, temperature=temperature, chunk=4 * VOCABULARY)
+    found.backward()
+    assert found.dtype == whole.dtype == torch.float32
+    assert other.grad.dtype == dtype
+    exact = temperature in (1.0, 2.0) or dtype == torch.float32
+    assert found.item() == pytest.approx(whole.item(), rel=1e-5 if exact else 5e-3)
+    largest = one.grad.abs().max().item()
+    bounds = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.0, "atol": largest * (2**-7 if exact else 2**-5)}
+    torch.testing.assert_close(other.grad, one.grad, **bounds)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of any tensor of logits."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (VOCABULARY,) and tensor.shape != (WIDTH, VOCABULARY):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize(("chunk", "rows"), [(1, 1), (4 * VOCABULARY, 4), (5 * VOCABULARY - 1, 4), (10**6, ROWS)])
+def test_no_more_logits_than_a_chunk(chunk: int, rows: int) -> None:
+    hidden, target, weight, bias, _ = case()
+    with Largest() as largest:
+        linear_divergence(hidden.requires_grad_(), target, weight, bias, chunk=chunk).backward()
+    assert largest.elements == rows * VOCABULARY
+
+
+def test_only_the_model_gets_a_gradient() -> None:
+    hidden, target, weight, bias, _ = (tensor.requires_grad_(tensor.is_floating_point()) for tensor in case())
+    linear_divergence(hidden, target, weight, bias).backward()
+    assert hidden.grad is not None
+    assert (target.grad, weight.grad, bias.grad) == (None, None, None)
+    assert not linear_divergence(hidden.detach(), target.detach(), weight.detach(), None).requires_grad
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     hidden, target, weight, _, _ = case()
     loss = linear_divergence(hidden.requires_grad_(), target, weight, None)
@@ -96,7 +158,7 @@ def scaled(model: nn.Module, factor: float):  # type: ignore[no-untyped-def]
 
     @contextmanager
     def teacher() -> Iterator[None]:
-        weight = model.get_submodule("model.layers.1.mlp.down_proj").weight
+        weight = model.get_submodule("model.layers.1.mlp.gate_proj").weight
         before = weight.data
         weight.data = factor * before
         try:
@@ -148,41 +210,89 @@ def test_a_teacher_that_is_the_model_has_nothing_to_say() -> None:
     assert all(p.grad.abs().max() < 1e-5 for p in model.parameters() if p.grad is not None)
 
 
-def test_logits_that_are_more_than_a_head_are_compared_whole() -> None:
+LLAMA_LIKE = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["scaled", "soft-capped"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_that_are_more_than_a_head_are_compared_whole(kind: str, padded: bool) -> None:
     torch.manual_seed(0)
-    config = CohereConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, logit_scale=0.5,
-        initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model, given = CohereForCausalLM(config), batch()
+    if kind == "scaled":
+        model: nn.Module = CohereForCausalLM(CohereConfig(**LLAMA_LIKE, logit_scale=0.5))
+    else:
+        model = Gemma2ForCausalLM(Gemma2Config(**LLAMA_LIKE, head_dim=4, num_key_value_heads=4, final_logit_softcapping=8.0))
+    given = batch(padded)
     loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0))
     assert not loss.chunked
+    arguments = {"input_ids": given.tokens, "attention_mask": None if given.mask is None else given.mask.long()}
     with torch.no_grad():
-        logits = model(input_ids=given.tokens).logits.double()
+        logits = model(**arguments).logits.double()
         with scaled(model, 3.0)():
-            target = model(input_ids=given.tokens).logits.double()
-    expected = oracle(logits.flatten(0, 1), target.flatten(0, 1), torch.ones(18, dtype=torch.bool), 2.0)
+            target = model(**arguments).logits.double()
+    real = torch.ones(18, dtype=torch.bool) if given.mask is None else given.mask.flatten()
+    expected = oracle(logits.flatten(0, 1), target.flatten(0, 1), real, 2.0)
     assert loss(given).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert expected > 1e-3
 
 
-def test_the_teacher_has_no_dropout() -> None:
+def with_dropout(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=48,
-        hidden_size=16,
-        ffn_dim=28,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=16,
-        dropout=0.5,
-        init_std=0.3,
-    )
-    model, given = OPTForCausalLM(config).train(), batch()
-    seen: list[bool] = []
-    handle = model.get_submodule("model.decoder.layers.0").register_forward_pre_hook(lambda module, args: seen.append(module.training))
-    loss = DistillationLoss(model, given.tokens[0], nothing)
-    seen.clear()
-    assert loss(given).item() > 1e-3  # the student has
-    handle.remove()
-    assert seen == [False, True]
-    assert model.training
+    common = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "OPT":
+        return OPTForCausalLM(OPTConfig(**common, ffn_dim=28, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, init_std=0.3))
+    settings = GPTNeoXConfig(**common, intermediate_size=28, hidden_dropout=0.5, attention_dropout=0.5, initializer_range=0.3)
+    return GPTNeoXForCausalLM(settings)
+
+
+@pytest.mark.parametrize(("kind", "chunkable"), [("OPT", False), ("GPTNeoX", False), ("GPTNeoX", True)])
+def test_the_teacher_has_no_dropout(kind: str, chunkable: bool) -> None:
+    """The student has, from the random state as it was; the mode of the model is put back."""
+    model, given = with_dropout(kind), batch()
+    loss = DistillationLoss(model, given.tokens[0], nothing, chunkable=chunkable)
+    assert loss.chunked == chunkable
+    model.eval()
+    with torch.no_grad():
+        target = model(input_ids=given.tokens).logits.double()
+        model.train()
+        torch.manual_seed(7)
+        logits = model(input_ids=given.tokens).logits.double()
+    expected = oracle(logits.flatten(0, 1), target.flatten(0, 1), torch.ones(18, dtype=torch.bool), 2.0).item()
+    torch.manual_seed(7)
+    assert loss(given).item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-3
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert loss(given).item() == pytest.approx(0, abs=1e-6)
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_mode_is_put_back_after_an_error() -> None:
+    @contextmanager
+    def broken() -> Iterator[None]:
+        raise ZeroDivisionError
+        yield
+
+    model, given = with_dropout("OPT").train(), batch()
+    with pytest.raises(ZeroDivisionError):
+        DistillationLoss(model, given.tokens[0], broken)(given)
+    assert all(module.training for module in model.modules())
+
+
+def test_another_teachers_vocabulary_is_one_clear_error() -> None:
+    """Through the loss: the teacher's context puts another head in place."""
+    model, given = tiny(), batch()
+
+    @contextmanager
+    def other() -> Iterator[None]:
+        before, model.lm_head = model.lm_head, nn.Linear(16, 50, bias=False)
+        try:
+            yield
+        finally:
+            model.lm_head = before
+
+    with pytest.raises(ModelError, match=r"model's vocabulary, logits \(18, 48\), got \(18, 50\)\. Use a teacher") as raised:
+        DistillationLoss(model, given.tokens[0], other, chunkable=False)(given)
+    assert "\n" not in str(raised.value)

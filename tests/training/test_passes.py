@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxsparse_triton.errors import ConfigError
+from proxsparse_triton.ops import mask_24
 from proxsparse_triton.optim.prox_adamw import ProxAdamW
+from proxsparse_triton.optim.schedules import warmup_linear
 from proxsparse_triton.progress import Progress
 from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.loop import LoopConfig, learn, steps_of
+from proxsparse_triton.training.objective import Objective
 from proxsparse_triton.training.watch import MaskWatch
 
 
@@ -73,6 +77,28 @@ def test_as_many_passes_as_the_steps_take() -> None:
     assert epochs == same
 
 
+def test_every_pass_has_an_order_of_its_own() -> None:
+    """That depends on the seed alone."""
+
+    def orders(seed: int) -> list[list[tuple[int, ...]]]:
+        seen = [tuple(tokens[0].tolist()) for tokens in run(LoopConfig(steps=4 * 7), 7, seed=seed)[1]]
+        return [seen[start : start + 7] for start in range(0, 28, 7)]
+
+    found = orders(3)
+    assert all(found[i] != found[j] for i in range(4) for j in range(i))
+    assert all(sorted(order) == sorted(found[0]) for order in found)
+    assert orders(3) == found
+    assert orders(4)[0] == found[0]
+    assert orders(4)[1:] != found[1:]
+
+
+def test_a_pass_ends_with_a_smaller_batch() -> None:
+    """A batch never mixes two passes."""
+    rows, seen, _ = run(LoopConfig(steps=5, batch_size=2))
+    assert [len(tokens) for tokens in seen] == [2, 1, 2, 1, 2]
+    assert len(rows) == 5
+
+
 def test_fewer_steps_than_windows() -> None:
     rows, seen, _ = run(LoopConfig(steps=2))
     assert len(rows) == 2
@@ -85,6 +111,59 @@ def test_groups_keep_the_ratio_of_their_rates() -> None:
     assert rates[0].max() == 0
     torch.testing.assert_close(rates[10] / rates[2], torch.full((6,), 10 / 18))
     assert set(run(LoopConfig(lr=5e-3, steps=20))[-1][2]) == {5e-3}
+
+
+def test_rates_are_written_as_the_largest_of_the_groups() -> None:
+    """And are the schedule's at every step, in every group."""
+    rows, _, rates = run(LoopConfig(steps=20, warmup=0.25))
+    factors = [warmup_linear(step, 20, 0.25) for step in range(20)]
+    assert factors[5] == max(factors) == 1
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(factors)[:, None] * 1e-3 * torch.arange(1, 7))
+    assert [row["lr"] for row in rows] == [max(some) for some in rates]
+
+
+def test_one_wait_for_the_device_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the mask is looked at: what changed comes over with all else."""
+    waits: list[int] = []
+    original = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: (waits.append(len(self)), original(self))[1])
+    for name in ("item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(Tensor, name, lambda self, *args: pytest.fail("a wait of its own"))
+    monkeypatch.setattr(ProxAdamW, "check", lambda self: None)  # reads, on a GPU, what the step before sent over
+    model = tiny()
+    linears = linears_of(model)
+    optimizer = ProxAdamW([{"params": [(n, m.weight) for n, m in linears.items()]}], lr=1e-2, lambda1=1.0)
+    window = windows(1)
+    with Objective().of(model, linears, window[0]) as prepared:
+        watch = MaskWatch(linears, {}, 45, masked=True)
+        learn(model, window, optimizer, LoopConfig(steps=45), prepared.loss, watch)
+    looks = [step for step in range(1, 46) if step % 2 == 0 or step == 45]
+    assert waits == [4 + 6 + 6 * (step in looks) for step in range(1, 46)]
+
+
+def test_changes_are_of_the_masks_between_the_looks() -> None:
+    """Against masks taken after every step."""
+    model = tiny()
+    linears = linears_of(model)
+    masks = [{name: mask_24(linear.weight.detach().abs()) for name, linear in linears.items()}]
+    rows: list[Mapping[str, Any]] = []
+
+    def record(row: Mapping[str, Any]) -> None:
+        rows.append(row)
+        masks.append({name: mask_24(linear.weight.detach().abs()) for name, linear in linears.items()})
+
+    optimizer = ProxAdamW([{"params": [(n, m.weight) for n, m in linears.items()]}], lambda1=0.2)
+    watch = MaskWatch(linears, {}, 61, masked=False)
+    learn(model, windows(2), optimizer, LoopConfig(lr=3e-2, steps=61), watch=watch, record=record)
+    looked = [0, *(row["step"] for row in rows if "mask_changes" in row)]
+    assert looked == [*range(0, 61, 3), 61]
+    total = 0.0
+    for before, now in pairwise(looked):
+        for name, share in rows[now - 1]["mask_changes"].items():
+            changed = (masks[before][name] != masks[now][name]).unflatten(-1, (-1, 4)).any(-1).double().mean()
+            assert share == pytest.approx(changed.item(), abs=1e-12)
+            total += share
+    assert total > 0.1
 
 
 def test_changes_of_the_mask_now_and_then() -> None:
@@ -104,7 +183,7 @@ def test_warnings_are_noted_and_recorded() -> None:
     notes = Notes()
     rows, *_ = run(LoopConfig(steps=20), lambda1=500.0, watched=True, progress=notes)
     warned = {row["step"]: row["warnings"] for row in rows if "warnings" in row}
-    assert list(warned) == [3]
+    assert list(warned) == [3] == [max(rows, key=lambda row: row["lr"])["step"]]
     assert warned[3] == notes.lines
     assert "before the learning rate peaked (step 3 of 20)" in notes.lines[0]
     rows, *_ = run(LoopConfig(steps=20), watched=True, progress=notes)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from proxsparse_triton.ops import mask_24
+from proxsparse_triton.ops import mask_24, masked_weight_24
 from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.loss import NextTokenLoss
 from proxsparse_triton.training.memory import checkpointing
@@ -61,6 +61,50 @@ def test_masked_forward_and_straight_through(dtype: torch.dtype, scale: Tensor |
     torch.testing.assert_close(linear.weight.grad, weight.grad, **bounds)  # of pruned weights too
     if linear.bias is not None:
         torch.testing.assert_close(linear.bias.grad, upstream.flatten(0, 1).sum(0), **bounds)
+
+
+def test_only_what_learns_gets_a_gradient() -> None:
+    linear, _ = layer()
+    pretrained = PretrainedWeights({"w": linear})
+    moved(linear)
+    linear.bias.requires_grad_(False)
+    x = torch.randn(3, 16)
+    with pretrained.forward("masked"):
+        linear(x).sum().backward()
+    assert linear.bias.grad is None
+    assert linear.weight.grad is not None
+    linear.weight.grad = None
+    linear.weight.requires_grad_(False)
+    with pretrained.forward("masked"):
+        linear(x.requires_grad_()).sum().backward()
+    assert linear.weight.grad is None
+    torch.testing.assert_close(x.grad, expected_weight(linear, pretrained.tensors["w"], None).sum(0).expand(3, 16))
+
+
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass() -> None:
+    """Inputs and learned weights are: the masked ones are formed again."""
+    linear, _ = layer()
+    pretrained = PretrainedWeights({"w": linear})
+    kept: list[int] = []
+    x = torch.randn(3, 16, requires_grad=True)
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with pretrained.forward("masked"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        linear(x)
+    assert sorted(kept) == sorted([x.data_ptr(), linear.weight.data_ptr()])
+
+
+def test_weights_that_changed_before_the_backward_pass_are_refused() -> None:
+    """Their mask would be another one."""
+    linear, _ = layer()
+    with PretrainedWeights({"w": linear}).forward("masked"):
+        out = linear(torch.randn(3, 16, requires_grad=True))
+    moved(linear)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_learned_forward_is_the_layers_own() -> None:
@@ -124,20 +168,47 @@ def test_everything_is_put_back_after_an_error() -> None:
     assert torch.equal(linear(x), F.linear(x, linear.weight))
 
 
-def gradients(checkpoint: bool) -> dict[str, Tensor]:
+def test_the_student_is_back_after_an_error_in_the_teacher() -> None:
+    """Inside `forward`: neither W0 nor the other parameters of the teacher stay."""
+    model = tiny()
+    linears = linears_of(model)
+    pretrained = PretrainedWeights(linears, others={name: p for name, p in model.named_parameters() if name not in linears})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    with pretrained.forward("masked"), torch.no_grad():
+        student = model(input_ids=TOKENS).logits
+        with pytest.raises(ZeroDivisionError), pretrained.teacher():
+            raise ZeroDivisionError
+        assert torch.equal(model(input_ids=TOKENS).logits, student)
+
+
+def gradients(checkpoint: bool, release: bool = False) -> dict[str, Tensor]:
+    """release: each weight is written to inside the backward pass, once its gradient is complete."""
     model = tiny().train()
     linears = linears_of(model)
     pretrained = PretrainedWeights(linears)
+    found: dict[str, Tensor] = {}
     with torch.no_grad():
         for linear in linears.values():
             linear.weight += 0.1 * torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(6))
+
+    def step(name: str, p: Tensor) -> None:
+        found[name], p.grad = p.grad, None
+        with torch.no_grad():
+            p.neg_()
+
+    for name, p in model.named_parameters() if release else ():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: step(name, p))
     with pretrained.forward("masked"), checkpointing(model, checkpoint):
         NextTokenLoss(model, TOKENS[0])(Batch(TOKENS, None)).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    return found if release else {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    plain, saving = gradients(False), gradients(True)
+@pytest.mark.parametrize(("checkpoint", "release"), [(True, False), (False, True), (True, True)])
+def test_checkpointing_and_release_change_nothing(checkpoint: bool, release: bool) -> None:
+    plain, saving = gradients(False), gradients(checkpoint, release)
+    assert plain.keys() == saving.keys()
     assert all(torch.equal(gradient, saving[name]) for name, gradient in plain.items())
 
 
@@ -172,3 +243,15 @@ def test_scores_are_those_the_operation_compares() -> None:
     assert torch.equal(mask_scores(w, None), w.float().abs())
     assert torch.equal(mask_scores(w, scale), w.float().abs() * scale.clamp_min(1e-20))
     assert mask_scores(w.double(), scale).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_their_mask_is_the_one_the_loss_saw(dtype: torch.dtype) -> None:
+    """With ties, zeros, and dead features."""
+    w = torch.randint(-3, 4, (64, 16), generator=torch.Generator().manual_seed(7)).to(dtype)
+    scale = SCALE.clone()
+    scale[[3, 4, 5, 6]] = 0
+    for some in (None, scale):
+        seen = masked_weight_24(w, torch.ones_like(w), column_scale=some) != 0
+        assert torch.equal(mask_24(mask_scores(w, some)), seen)
+    assert not torch.equal(mask_24(mask_scores(w, None)), seen)

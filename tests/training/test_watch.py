@@ -39,13 +39,31 @@ def test_the_mask_is_that_of_the_scaled_weights() -> None:
 def test_large_layers_are_sampled_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SAMPLE", 64)
     linear = nn.Linear(8, 32, bias=False)  # 256 weights: every fourth row
-    seen = MaskWatch({"w": linear}, {}, 100, masked=False)
     with torch.no_grad():
-        linear.weight[1] = linear.weight[1].flip(0) * 3
+        linear.weight.copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]).repeat(32, 2))
+        seen = MaskWatch({"w": linear}, {}, 100, masked=False)
+        linear.weight[[1, 2, 3, 31]] = linear.weight[1].flip(0)
         assert seen.changes()["w"].item() == 0
-        linear.weight[4] = torch.tensor([0.0, 0.0, 5.0, 5.0]).repeat(2) * torch.where(linear.weight[4].abs() > 0, 1.0, 1.0)
-        linear.weight[8] = torch.tensor([5.0, 5.0, 0.0, 0.0]).repeat(2)
-    assert 0 < seen.changes()["w"].item() <= 4 / 16
+        linear.weight[28, :4] = linear.weight[28, :4].flip(0)
+        linear.weight[0] = linear.weight[0].flip(0)
+    assert seen.changes()["w"].item() == 3 / 16
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (19, 1), (39, 1), (40, 2), (400, 20)])
+def test_some_twenty_looks_a_run(steps: int, every: int) -> None:
+    assert MaskWatch({"w": nn.Linear(4, 1)}, {}, steps, masked=True).every == every
+
+
+def test_shares_are_of_each_layer() -> None:
+    layers = {name: nn.Linear(8, 4, bias=False) for name in "ab"}
+    with torch.no_grad():
+        for linear in layers.values():
+            linear.weight.copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]).repeat(4, 2))
+        seen = MaskWatch(layers, {}, 20, masked=True)
+        layers["b"].weight[2, 5] = 0
+    weights = {name: linear.weight.clone() for name, linear in layers.items()}
+    assert {name: share.item() for name, share in seen.changes().items()} == {"a": 0, "b": 1 / 8}
+    assert all(torch.equal(linear.weight, weights[name]) for name, linear in layers.items())  # looking changes nothing
 
 
 @pytest.mark.parametrize(
@@ -66,6 +84,15 @@ def test_warnings_come_while_there_is_time(step: int, share: float, masked: bool
     found = Pace(100, 10, masked).warning(step, share)
     assert (found is None) == (warned is None)
     assert found is None or (found.startswith(warned or "") and "--lambda1" in found)
+
+
+@pytest.mark.parametrize(("steps", "last"), [(5, 4), (10, 8), (19, 17), (20, 17), (30, 26), (1000, 899)])
+def test_the_last_tenth_of_the_steps(steps: int, last: int) -> None:
+    """One step speaks, whatever the number of them; the peak speaks too where a run has one."""
+    pace = Pace(steps, 1, False)
+    assert [step for step in range(steps) if pace.warning(step, 0.2)] == [last]
+    assert [step for step in range(steps) if pace.warning(step, 0.8)] == [1]
+    assert [step for step in range(steps) if pace.warning(step, float("nan"))] == []
 
 
 def test_a_run_of_one_step() -> None:
