@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from runs import manifest, rows, write_comparison, write_run
+from run_folders import manifest, rows, write_comparison, write_run
 
 from proxsparse_triton.cli import main
 from proxsparse_triton.report import png

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import DENSE, NAMES, manifest, rows, write_comparison, write_run
+from run_folders import DENSE, NAMES, manifest, rows, write_comparison, write_run
 
 from proxsparse_triton.report import figures
 from proxsparse_triton.report.charts import Bars, Curves, HeatMap

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import NAMES
+from run_folders import NAMES
 
 from proxsparse_triton.report.grid import grid
 

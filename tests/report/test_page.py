@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import NAMES, manifest, rows, write_comparison, write_run
+from run_folders import NAMES, manifest, rows, write_comparison, write_run
 
 from proxsparse_triton.errors import ConfigError, ModelError, OutputError
 from proxsparse_triton.report import png, write_report

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import DENSE, NAMES, manifest, rows, write_comparison, write_run
+from run_folders import DENSE, NAMES, manifest, rows, write_comparison, write_run
 
 from proxsparse_triton.errors import ModelError
 from proxsparse_triton.report.reading import read_runs, read_steps
