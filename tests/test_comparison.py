@@ -158,6 +158,19 @@ def test_agreement_counts_blocks() -> None:
     assert agreement({"a": kept, "b": kept[:, :4]}, {"a": other, "b": kept[:, :4]}) == pytest.approx(2 / 4)
 
 
+def test_every_method_is_repaired(text: str, tmp_path: Path) -> None:
+    """The same repair after each mask; magnitude, which reads no text, is calibrated for it as well."""
+    plan: Any = {"include": (r"layers\.0\.",), "repair": "least-squares"}
+    result = compare(config(tmp_path / "run", text, **plan), ["magnitude", "wanda"], {})
+    entries = json.loads((tmp_path / "run" / "manifest.json").read_text())["comparison"]
+    assert [entry["repair"] for entry in entries] == [{"kind": "least-squares"}] * 2
+    for row in result.rows:
+        manifest = json.loads((row.record.folder / "manifest.json").read_text())
+        assert manifest["weights_updated"] is True
+        assert manifest["calibration"]["windows"] == 4
+        assert verify_folder(row.record.folder, original=ASSET).ok
+
+
 @pytest.mark.parametrize("methods", [[], ["wanda", "wanda"]])
 def test_methods_once_each(methods: list[str], text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compare: expected at least one method, each once"):

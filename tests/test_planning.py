@@ -48,6 +48,34 @@ def test_llama_2_7b() -> None:
     assert 60 < plan.seconds < 600
 
 
+def test_four_blocks_of_llama_2_7b_by_the_recipe_auto() -> None:
+    """W0 without lambda2, moments of what is pruned alone, two passes; a step also has the teacher's forward pass."""
+    config = LlamaConfig(**{**LLAMA_2_7B.to_dict(), "num_hidden_layers": 4})
+    options: dict[str, Any] = {"device_name": "NVIDIA H200"}
+    paper = plan_of(config, settings=ProxSparse(recipe="paper", moments="bfloat16", checkpointing=True), **options)
+    auto = plan_of(config, settings=ProxSparse(moments="bfloat16", checkpointing=True), **options)
+    pruned, others = 4 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 9 * 4096
+    assert auto.items["weights"] == pytest.approx(2 * (pruned + others), rel=1e-5)
+    assert (auto.items["moments"], auto.items["pretrained"]) == (4 * pruned, 2 * pruned)
+    assert (paper.items["moments"], paper.items["pretrained"]) == (4 * (pruned + others), 0)
+    # at the highest point, the first block's backward pass: that of the head is already there, that of the embeddings not yet
+    assert paper.items["gradients"] - auto.items["gradients"] == pytest.approx(2 * 32000 * 4096, rel=1e-3)
+    assert (paper.steps, auto.steps) == (400, 800)
+    assert auto.seconds is not None
+    assert paper.seconds is not None
+    # with checkpointing 5 units instead of 4: the teacher, forward, forward again, and backward
+    assert 1.1 < auto.seconds / auto.steps / (paper.seconds / paper.steps) < 1.35
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples", "steps"),
+    [({}, 100, 400), ({}, 799, 1598), ({}, 800, 800), ({"batch_size": 8}, 400, 100), ({"steps": 37}, 400, 37), ({"epochs": 1}, 9, 9)],
+)
+def test_passes_are_planned(settings: dict[str, Any], samples: int, steps: int) -> None:
+    tiny = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=112, num_hidden_layers=1, num_attention_heads=4)
+    assert predict(tiny, torch.float32, ProxSparse(**settings), 16, samples=samples).steps == steps
+
+
 def test_qwen_14b_fits_into_139_gib() -> None:
     plan = plan_of(QWEN_14B, limit=139 * GIB)
     assert plan.settings.moments == "int8"

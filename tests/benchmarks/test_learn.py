@@ -15,6 +15,8 @@ from proxsparse_triton.benchmarks.learn import OURS, PLAIN, SKIPPED, TURNS, Case
 from proxsparse_triton.benchmarks.shapes import TINY, build, config_of, step_flops
 from proxsparse_triton.benchmarks.timer import HostClock, machine
 from proxsparse_triton.errors import ConfigError, ResourceError
+from proxsparse_triton.models.selection import plan_layers
+from proxsparse_triton.training.loop import steps_of
 
 CPU = torch.device("cpu")
 QUICK = machine("cpu", quick=True)
@@ -77,6 +79,40 @@ def test_settings_reach_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = rows
     assert (row["tokens"], row["moments"], row["weight_bits"], row["checkpointing"], row["lambda2"]) == (48, "int8", 16, "on", 0.0)
     assert row["to_plain"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"), [({"recipe": "auto"}, "kl"), ({"recipe": "auto", "loss": "ce"}, "ce"), ({"loss": "kl"}, "kl")]
+)
+def test_recipes_reach_the_loop(settings: dict[str, Any], loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `pst prune` would learn with: its loss, its groups, and only what learns; the plain loop then learns everything again."""
+    seen: list[tuple[object, ...]] = []
+    plain: list[bool] = []
+    original, original_plain = learn.learn, learn.learn_plain
+
+    def watched(model: Any, windows: Any, optimizer: Any, config: Any, loss_of: Any) -> None:
+        prox = [group for group in optimizer.param_groups if group["prox"]]
+        learning = sum(p.requires_grad for p in model.parameters())
+        scaled = all(group["column_scale"] is not None for group in prox)
+        seen.append((type(loss_of).__name__, len(prox), scaled, learning, steps_of(len(windows), config)))
+        original(model, windows, optimizer, config, loss_of)
+
+    def watched_plain(model: Any, *rest: Any) -> None:
+        plain.append(all(p.requires_grad for p in model.parameters()))
+        original_plain(model, *rest)
+
+    monkeypatch.setattr(learn, "learn", watched)
+    monkeypatch.setattr(learn, "learn_plain", watched_plain)
+    ours, other = run(steps=2, **settings)
+    auto = settings.get("recipe") == "auto"
+    model = build(config_of(TINY), CPU)
+    layers = len(plan_layers(model).selected())
+    expected = (layers, True, layers) if auto else (1, False, len(list(model.parameters())))
+    assert seen == [("DistillationLoss" if loss == "kl" else "NextTokenLoss", *expected, 2)] * TURNS  # steps, not passes
+    assert plain == [True] * TURNS
+    assert (ours["recipe"], ours["loss"]) == ("auto" if auto else "paper", loss)
+    assert (other["recipe"], other["loss"]) == (None, "ce")
+    assert ours["steps"] == 2
 
 
 def test_the_loops_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,12 +163,23 @@ def test_options_of_learn() -> None:
     assert "tiny: recipe paper, loss ce, 16-bit weights, int8 moments, lambda2 0, checkpointing on, predicted peak" in result.stderr
 
 
+@pytest.mark.parametrize(("options", "recipe", "loss"), [(["--recipe", "auto"], "auto", "kl"), (["--loss", "kl"], "paper", "kl")])
+def test_recipe_of_learn(options: list[str], recipe: str, loss: str) -> None:
+    result = run("learn", "--model", "tiny", "--steps", 2, "--tokens", 16, "--no-rival", *options, "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    assert (row["recipe"], row["loss"]) == (recipe, loss)
+    assert f"tiny: recipe {recipe}, loss {loss}, " in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["prox", "--model", "tiny"], "pst: bench prox: expected its own options, got --model. Leave it out."),
         (["prox", "--lambda2", "1"], "bench prox: expected its own options, got --lambda2."),
         (["step", "--tokens", "8"], "bench step: expected its own options, got --tokens."),
+        (["prox", "--recipe", "auto"], "bench prox: expected its own options, got --recipe. Leave it out."),
+        (["step", "--loss", "kl"], "bench step: expected its own options, got --loss."),
         (["learn", "--shape", "8x8"], "bench learn: expected its own options, got --shape."),
         (["learn", "--weight-bits", "16", "--lambda", "1"], "bench learn: expected its own options, got --lambda."),
         (["prox", "--lambda", "-1"], "bench prox: expected a finite --lambda > 0, got -1.0."),
@@ -209,7 +220,10 @@ def test_no_gpu() -> None:
     assert "bench: expected a CUDA GPU for --device cuda, got none." in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["prox", "--shape", "8"], ["prox", "--shape", "8xx8"], ["prox", "--dtype", "float16"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing"], ["prox", "--shape", "8"], ["prox", "--shape", "8xx8"], ["prox", "--dtype", "float16"], ["learn", "--recipe", "own"]],
+)
 def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2

@@ -90,6 +90,20 @@ def test_json_for_machines(text: str, tmp_path: Path) -> None:
     assert settings["sparsegpt"] == {"dampening": 0.02, "column_block": 128, "mask_only": True}
 
 
+def test_options_of_the_recipe_and_of_repair(text: str, tmp_path: Path) -> None:
+    """The first go to proxsparse alone, repair to all; `auto` is what leaving the option out means."""
+    options = ["--methods", "magnitude,proxsparse", "--include", r"layers\.0\.mlp", "--lambda1", "auto", "--lr", "auto"]
+    more = ["--recipe", "paper", "--forward", "masked", "--steps", 3, "--repair", "finetune", "--repair-steps", 2, "--json"]
+    result = run("demo", "-o", tmp_path / "run", "--calibration", text, *options, *more)
+    assert result.exit_code == 0, result.output
+    found = {name: json.loads((tmp_path / "run" / name / "manifest.json").read_text()) for name in ("magnitude", "proxsparse")}
+    assert found["magnitude"]["config"]["settings"] == {}
+    assert found["proxsparse"]["config"]["settings"] == {"recipe": "paper", "forward": "masked", "steps": 3}
+    assert (found["proxsparse"]["method"]["forward"], found["proxsparse"]["method"]["loss"]) == ("masked", "ce")
+    for entry in found.values():
+        assert (entry["method"]["repair"]["kind"], entry["method"]["repair"]["steps"]) == ("finetune", 2)
+
+
 def manifest_names(report: dict[str, list[dict[str, str]]]) -> list[str]:
     return [row["method"] for row in report["rows"]]
 
@@ -103,6 +117,9 @@ def manifest_names(report: dict[str, list[dict[str, str]]]) -> list[str]:
         (["--methods", "magnitude,wanda", "--lr", "1e-4"], "options of the methods magnitude, wanda, got --lr. Leave it out."),
         (["--methods", "wanda", "--frozen-eps", "1"], "got --frozen-eps"),
         (["--lambda1", "-1"], "lambda1 >= 0, got -1.0"),
+        (["--methods", "magnitude,wanda", "--recipe", "paper"], "options of the methods magnitude, wanda, got --recipe. Leave it out."),
+        (["--recipe", "paper", "--temperature", "3"], "expected --temperature with --loss kl, got ce (recipe paper). Leave it out."),
+        (["--repair-steps", "5"], "prune: expected --repair-steps with --repair, got it alone. Add --repair, or leave it out."),
         (["--include", "nothing"], "'nothing', which matches none"),
         (["--calibration", "absent.txt"], "'absent.txt': expected a source of text"),
     ],

@@ -41,7 +41,7 @@ METHOD = LastTwo
 
 
 def test_names_are_the_files_of_the_folder() -> None:
-    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base", "presets"}
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base", "presets", "recipes", "repair"}
     assert method_names() == sorted(files)
     assert set(method_names()) >= {"magnitude", "wanda", "sparsegpt", "proxsparse"}
 
@@ -64,7 +64,7 @@ def test_none_means_the_default() -> None:
 def test_unknown_method() -> None:
     with pytest.raises(ConfigError, match=r"method: expected one of magnitude, .*, got 'wnada'"):
         build_method("wnada", {})
-    for helper in ("base", "presets", "__init__"):  # files of the folder that are no methods
+    for helper in ("base", "presets", "recipes", "repair", "__init__"):  # files of the folder that are no methods
         with pytest.raises(ConfigError):
             method_class(helper)
 

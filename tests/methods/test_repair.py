@@ -54,7 +54,7 @@ def test_every_kind_gains_on_held_out_text(method: Any, device: str) -> None:
     start, dense = heldout_loss(device, result), heldout_loss(device)
     gap = start - dense
     assert gap > 0.1
-    share = {"magnitude": 0.8, "wanda": 0.8, "sparsegpt": 0.9}  # of the gap that may be left; 0.46 to 0.73 when this was written
+    share = {"magnitude": 0.85, "wanda": 0.85, "sparsegpt": 0.9}  # of the gap that may be left; 0.31 to 0.78 when this was written
     for kind in KINDS:
         assert dense < loss[kind] < dense + share[type(method).__name__.lower()] * gap, kind
     assert loss["both"] < min(loss["least-squares"], loss["finetune"])

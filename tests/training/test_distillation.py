@@ -199,7 +199,10 @@ def test_a_padded_position_teaches_nothing() -> None:
     loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0))
     before = loss(given).item()
     given.tokens[1, 6:] = 7
+    seen: list[Any] = []
+    model.model.register_forward_pre_hook(lambda _, args, arguments: seen.append(arguments.get("attention_mask")), with_kwargs=True)
     assert loss(given).item() == pytest.approx(before, rel=1e-6)
+    assert [mask.tolist() for mask in seen] == 2 * [given.mask.long().tolist()]  # neither model looks at it
 
 
 def test_a_teacher_that_is_the_model_has_nothing_to_say() -> None:

@@ -15,6 +15,7 @@ from proxsparse_triton.optim.prox_adamw import ProxAdamW
 from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.loss import NextTokenLoss
 from proxsparse_triton.training.memory import (
+    GRANULE,
     RESERVE,
     WORKSPACE,
     StepMemory,
@@ -28,6 +29,7 @@ from proxsparse_triton.training.memory import (
     supports_checkpointing,
     trace_step,
 )
+from proxsparse_triton.training.objective import Objective
 
 
 def config(kind: str = "Llama", **settings: Any) -> Any:
@@ -38,6 +40,10 @@ def config(kind: str = "Llama", **settings: Any) -> Any:
 def real(dtype: torch.dtype, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config(**settings)).to(dtype).train()
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name}
 
 
 @pytest.mark.parametrize("release", [False, True])
@@ -58,6 +64,64 @@ def test_a_real_step_has_the_same_highest_point(dtype: torch.dtype, checkpoint: 
     found = ledger.peak()
     assert found.total == pytest.approx(planned.total, rel=0.01)
     assert found.gradients == pytest.approx(planned.gradients, rel=0.01)
+
+
+@pytest.mark.parametrize(("checkpoint", "release"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("objective", [Objective(), Objective("kl", "learned"), Objective("ce")], ids=str)
+def test_a_real_step_with_masks_and_a_teacher(objective: Objective, checkpoint: bool, release: bool) -> None:
+    """The same, from what the objective prepares; few tokens, so that the gradients are the highest point."""
+    planned = meta_model(config(), torch.float32)
+    step = trace_step(planned, 1, 32, checkpoint=checkpoint, release=release, pruned=linears_of(planned), objective=objective)
+    model = real(torch.float32)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with checkpointing(model, checkpoint), objective.of(model, linears_of(model), tokens[0]) as prepared:
+        ledger = _Ledger(model, prepared.pretrained.tensors.values())
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: ledger.gradient(p, release))
+        with ledger:
+            prepared.loss(Batch(tokens, None)).backward()
+    found = ledger.peak()
+    assert found.total == pytest.approx(step.total, rel=0.01)
+    assert found.gradients == pytest.approx(step.gradients, rel=0.01)
+    assert found.logits == step.logits
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_gradients_of_the_pruned_layers_alone(loss: Any) -> None:
+    """At the end of the backward pass of a few tokens they are all there is; of all parameters they are more."""
+    model = meta_model(config(), torch.bfloat16)
+    linears = linears_of(model)
+    gradients = {
+        train: trace_step(model, 1, 4, checkpoint=True, release=False, pruned=linears, objective=Objective(loss, "masked", train)).gradients
+        for train in ("pruned", "all")
+    }
+    last = linears["model.layers.0.self_attn.q_proj.weight"].weight.nbytes  # may be counted once it has a name, after the peak
+    pruned = sum(linear.weight.nbytes for linear in linears.values())
+    assert pruned - 3 * last <= gradients["pruned"] <= pruned
+    assert pruned < gradients["all"] <= sum(p.nbytes for p in model.parameters()) + 16 * GRANULE
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all("forward" not in vars(linear) for linear in linears.values())
+
+
+@pytest.mark.parametrize(
+    ("forward", "checkpoint", "release"),
+    [("masked", False, False), ("masked", True, False), ("masked", True, True), ("learned", True, True)],
+)
+def test_a_teacher_costs_at_most_a_twentieth(forward: Any, checkpoint: bool, release: bool) -> None:
+    """Of the peak with cross-entropy, for a quarter of Llama-2-7B with weights and moments kept in the frugal way."""
+    shape = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+    model = meta_model(config(**shape, num_hidden_layers=8), torch.bfloat16)
+    linears = linears_of(model)
+    with Objective().trainable(model, linears):
+        kept = resident(model, linears, Storage(16, "int8", torch.bfloat16))
+    kl, ce = (
+        trace_step(model, 1, 4096, checkpoint=checkpoint, release=release, pruned=linears, objective=Objective(loss, forward))
+        for loss in ("kl", "ce")
+    )
+    assert StepMemory(kept, kl).peak <= 1.05 * StepMemory(kept, ce).peak
+    assert kl.total - ce.total <= 2**28
+    assert kl.flops > 1.2 * ce.flops  # there is one
 
 
 @pytest.mark.gpu

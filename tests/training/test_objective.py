@@ -11,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxsparse_triton.errors import ConfigError
 from proxsparse_triton.ops import mask_24
+from proxsparse_triton.optim.prox_adamw import ProxAdamW
 from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.distillation import DistillationLoss
+from proxsparse_triton.training.loop import LoopConfig, learn
 from proxsparse_triton.training.loss import NextTokenLoss
 from proxsparse_triton.training.memory import meta_model, trace_step
 from proxsparse_triton.training.objective import Objective
@@ -32,9 +34,9 @@ def config(**more: Any) -> LlamaConfig:
     )
 
 
-def tiny() -> nn.Module:
+def tiny(**more: Any) -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM(config())
+    return LlamaForCausalLM(config(**more))
 
 
 def linears_of(model: nn.Module, *, head: bool = False) -> dict[str, nn.Linear]:
@@ -60,8 +62,9 @@ def test_what_learns_and_what_is_given_back(objective: Objective) -> None:
     assert all("forward" not in vars(linear) for linear in linears.values())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("loss", ["kl", "ce"])
-def test_the_masked_loss_is_that_of_the_pruned_model(loss: Any) -> None:
+def test_the_masked_loss_is_that_of_the_pruned_model(loss: Any, temperature: float) -> None:
     """At the start: magnitude's mask on the pretrained weights."""
     model, pruned, dense = tiny(), tiny(), tiny()
     with torch.no_grad():
@@ -71,9 +74,9 @@ def test_the_masked_loss_is_that_of_the_pruned_model(loss: Any) -> None:
     if loss == "ce":
         expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     else:
-        log_p, log_p0 = ((z.flatten(0, 1) / 2).log_softmax(-1) for z in (logits, target))
-        expected = 4 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
-    with Objective(loss, "masked", "pruned", 2.0).of(model, linears_of(model), TOKENS[0]) as prepared:
+        log_p, log_p0 = ((z.flatten(0, 1) / temperature).log_softmax(-1) for z in (logits, target))
+        expected = temperature**2 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
+    with Objective(loss, "masked", "pruned", temperature).of(model, linears_of(model), TOKENS[0]) as prepared:
         found = prepared.loss(Batch(TOKENS, None)).item()
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
@@ -96,6 +99,100 @@ def test_a_pruned_head_is_masked_too(loss: Any) -> None:
         assert prepared.loss(Batch(TOKENS, None)).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("objective", EVERY, ids=str)
+def test_everything_is_given_back_after_an_error(objective: Objective, good: int) -> None:
+    """In the first forward pass, of the preparation or the teacher, and in the second."""
+    model = tiny()
+    model.get_parameter("model.norm.weight").requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
+    linears = linears_of(model)
+    calls = iter(range(good, -1, -1))
+    model.model.norm.register_forward_pre_hook(lambda *_: (1 / next(calls), None)[1])
+    with pytest.raises(ZeroDivisionError), objective.of(model, linears, TOKENS[0]) as prepared:
+        prepared.loss(Batch(TOKENS, None))
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert addresses == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
+    assert all("forward" not in vars(linear) for linear in linears.values())
+
+
+@pytest.mark.parametrize("train", ["pruned", "all"])
+def test_nothing_to_learn_at_the_start_but_the_mask(train: Any) -> None:
+    """The learned weights are the teacher's; under their mask they are not."""
+    found = {}
+    for forward in ("learned", "masked"):
+        model = tiny()
+        with Objective("kl", forward, train).of(model, linears_of(model), TOKENS[0]) as prepared:  # type: ignore[arg-type]
+            found[forward] = prepared.loss(Batch(TOKENS, None)).item()
+    assert found["learned"] == pytest.approx(0, abs=1e-6)
+    assert found["masked"] > 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("forward", ["learned", "masked"])
+def test_the_teacher_stays_where_it_was(forward: Any, tied: bool) -> None:
+    """All parameters have moved, embeddings and head too: the divergence is that from the model as it came."""
+    model, student, dense = tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied)
+    with Objective("kl", forward, "all").of(model, linears_of(model), TOKENS[0]) as prepared, torch.no_grad():
+        for some in (model, student):
+            generator = torch.Generator().manual_seed(8)
+            for p in some.parameters():
+                p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+        original = linears_of(dense)
+        for name, linear in linears_of(student).items():
+            if forward == "masked":
+                linear.weight.copy_(original[name].weight * mask_24(linear.weight.abs()))
+        log_p, log_p0 = ((some(input_ids=TOKENS).logits.double().flatten(0, 1) / 2).log_softmax(-1) for some in (student, dense))
+        expected = 4 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean").item()
+        assert prepared.loss(Batch(TOKENS, None)).item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
+
+
+def test_a_pruned_head_that_is_not_masked() -> None:
+    """Cross-entropy may take the learned weight as it is; the divergence has two heads."""
+    for loss in ("ce", "kl"):
+        model, dense = tiny(), tiny()
+        with Objective(loss, "learned").of(model, linears_of(model, head=True), TOKENS[0]) as prepared:  # type: ignore[arg-type]
+            with torch.no_grad():
+                model.lm_head.weight.mul_(1.5)
+                target = dense(input_ids=TOKENS).logits.double()
+            logits = 1.5 * target
+            if loss == "ce":
+                expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+            else:
+                log_p, log_p0 = ((z.flatten(0, 1) / 2).log_softmax(-1) for z in (logits, target))
+                expected = 4 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
+            assert prepared.loss.chunked == (loss == "ce")  # type: ignore[attr-defined]
+            assert prepared.loss(Batch(TOKENS, None)).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective("kl", "masked", "all"), Objective("ce")], ids=str)
+def test_saving_memory_changes_no_number(objective: Objective) -> None:
+    """A run of several steps, with a teacher and masks in the loss: checkpointing, and gradients that are stepped in the backward pass."""
+    runs = []
+    for checkpoint, release in ((False, False), (True, False), (False, True), (True, True)):
+        model = tiny()
+        linears = linears_of(model)
+        losses: list[float] = []
+        with objective.of(
+            model, linears, TOKENS[0], {name: torch.arange(1.0, m.in_features + 1) for name, m in linears.items()}
+        ) as prepared:
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            groups = [{"params": [(n, p) for n, p in named if (n in linears) == prox], "prox": prox} for prox in (True, False)]
+            optimizer = ProxAdamW([group for group in groups if group["params"]], lambda1=0.01, lambda2=0.01)
+            options = LoopConfig(lr=1e-2, steps=6, checkpointing=checkpoint, release_gradients=release)
+            learn(model, list(TOKENS), optimizer, options, prepared.loss, record=lambda row: losses.append(row["loss"]))  # noqa: B023
+        runs.append((losses, [p.detach().clone() for p in model.parameters()]))
+    (losses, weights), *others = runs
+    assert losses[-1] < losses[0]
+    for again, found in others:
+        assert again == losses
+        assert all(torch.equal(one, other) for one, other in zip(weights, found, strict=True))
+
+
 def test_heads_run_in_chunks_where_they_are_the_teachers() -> None:
     model = tiny()
     linears = linears_of(model)
@@ -113,6 +210,7 @@ def test_heads_run_in_chunks_where_they_are_the_teachers() -> None:
         ({"train": "norms"}, "expected --train pruned or all, got 'norms'"),
         ({"temperature": 0.0}, "expected a finite temperature > 0, got 0.0"),
         ({"temperature": float("nan")}, "expected a finite temperature > 0, got nan"),
+        ({"temperature": float("inf")}, "expected a finite temperature > 0, got inf"),
     ],
 )
 def test_values_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
