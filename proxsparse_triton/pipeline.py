@@ -241,12 +241,14 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
         with _metrics(out / METRICS) as record, explain_out_of_memory("prune", f"{config.method} on {config.place}", _ADVICE):
             windows = () if inputs.calibration is None else inputs.calibration.tokens
             task = PruneTask(take_model(), inputs.plan, windows, config.seed, config.memory, progress, record)
+            repair = config.repairing()
+            if repair is not None:
+                repair.check(task)
             reset_peak_memory(config.place)
             start = time.perf_counter()
             result = method.prune(task)
             del task
             gc.collect()
-            repair = config.repairing()
             if repair is not None:
                 task = PruneTask(_dense(config, inputs), inputs.plan, windows, config.seed, config.memory, progress)
                 result = repair.run(task, result)

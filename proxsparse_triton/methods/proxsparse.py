@@ -181,8 +181,8 @@ class ProxSparse:
             return False
         return not memory.fits(self.memory_of_step(model, pruned, seqlen, checkpointing=False).peak, limit)
 
-    def _checkpointing(self, task: PruneTask) -> bool:
-        """The same decision for a real model; where its steps cannot be counted, the careful one."""
+    def checkpoints(self, task: PruneTask) -> bool:
+        """`needs_checkpointing` of a real model; where its steps cannot be counted, the careful answer."""
         limit = task.memory
         device = next(task.model.parameters()).device
         if limit is None and device.type == "cuda":
@@ -262,7 +262,7 @@ class ProxSparse:
             raise ModelError(
                 f"proxsparse: expected finite weights that are not all zero, got a root mean square of {sigma}. Check the model."
             )
-        checkpointing = self._checkpointing(task)
+        checkpointing = self.checkpoints(task)
         config = self.loop_config(len(task.windows), checkpointing=checkpointing)
         steps = steps_of(len(task.windows), config)
         scales = self.column_scales(task)

@@ -45,11 +45,21 @@ class Repair:
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"repair: expected --repair-steps of at least 1, got {self.steps}. Choose another value.")
 
+    def check(self, task: PruneTask) -> None:
+        """Before any work. ConfigError: least squares, which goes block by block, for a layer outside of the blocks."""
+        outside = [choice.name for choice in task.plan.choices if choice.selected and choice.block is None]
+        if self.kind != "finetune" and outside:
+            raise ConfigError(
+                f"repair: expected layers inside the decoder blocks {task.plan.blocks}, got {outside[0]}. "
+                "Leave it out with --skip, or use --repair finetune, which is not block by block."
+            )
+
     def run(self, task: PruneTask, result: PruneResult) -> PruneResult:
         """`result` with the kept weights repaired.
 
         Args: task: with the dense model, which is changed. result: masks and, where the method has changed them, weights to start from.
         """
+        self.check(task)
         summary: dict[str, object] = {"kind": self.kind}
         original = {name: linear.weight.detach().clone() for name, linear in task.linears().items()}
         for name, linear in task.linears().items():
@@ -100,7 +110,6 @@ def masked_least_squares(
 
 def least_squares(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str, Tensor], dampening: float) -> None:
     """Repairs the layers of one decoder block after the other on the inputs that the repaired blocks before it produce."""
-    task.check_inside_blocks("repair")
     _, blocks = decoder_blocks(task.model)
     walker = BlockWalker(task.model, blocks, task.windows)
     with task.progress.task("repair: least squares", total=len(blocks)) as bar:
@@ -121,7 +130,7 @@ def finetune(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str
     """Learns the kept weights from the dense model's logits. Returns figures for the manifest."""
     linears = task.linears()
     settings = ProxSparse(forward="learned", lambda1=0.0, steps=steps)
-    config = settings.loop_config(len(task.windows))
+    config = settings.loop_config(len(task.windows), checkpointing=settings.checkpoints(task))
     count = steps_of(len(task.windows), config)
     lr = TRAVEL * (count / 400) ** 0.5 * rms(linears) / count
     started = {name: linear.weight.data for name, linear in linears.items()}

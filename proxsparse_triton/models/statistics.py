@@ -58,12 +58,16 @@ def input_rms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Seque
     """
     norms = {name: InputNorm(linear) for name, linear in linears.items()}
     device, training = next(model.parameters()).device, model.training
-    base = getattr(model, "base_model", model)  # without the output head
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    with_head = any(linear is head for linear in linears.values())
+    runs = model if with_head else getattr(model, "base_model", model)  # the logits of a large vocabulary only where they are asked for
     model.eval()
-    with torch.no_grad(), observe(linears, norms):
-        for window in windows:
-            base(input_ids=window[None].to(device), use_cache=False)
-    model.train(training)
+    try:
+        with torch.no_grad(), observe(linears, norms):
+            for window in windows:
+                runs(input_ids=window[None].to(device), use_cache=False)
+    finally:
+        model.train(training)
     return {name: norm.mean_square().sqrt() for name, norm in norms.items()}
 
 

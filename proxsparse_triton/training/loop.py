@@ -73,6 +73,8 @@ def learn(
     Raises: LearningError: the loss or a gradient is not finite; no block of weights has taken a step with such a gradient (with max_norm:
         no weight has taken it), and the message names step and parameter. ConfigError: no activation checkpointing in this model.
     """
+    if not windows:
+        raise ConfigError("learning: expected at least one window of tokens, got none. Give calibration text.")
     device = next(model.parameters()).device
     steps = steps_of(len(windows), config)
     loss_of = loss_of or NextTokenLoss(model, windows[0].to(device))
@@ -84,6 +86,7 @@ def learn(
         fast_matmul(device),
         checkpointing(model, config.checkpointing),
         _gradient_release(optimizer, config.release_gradients),
+        _rates(optimizer),
         progress.task("learning the mask", total=steps) as bar,
     ):
         for step, batch in enumerate(_epochs(windows, config, seed)):
@@ -165,6 +168,17 @@ def _check_finite(step: int, steps: int, values: Mapping[str, float], model: nn.
         f"learning: expected finite losses and gradients, got loss {values['loss']:g}, penalty {values['penalty']:g}, "
         f"gradient norm {values['grad_norm']:g} at step {step + 1} of {steps}{where}"
     ) from cause
+
+
+@contextmanager
+def _rates(optimizer: ProxAdamW) -> Iterator[None]:
+    """Afterwards every group has the learning rate that it came with: the next run starts from it."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
 
 
 @contextmanager

@@ -45,13 +45,16 @@ class PretrainedWeights:
     def forward(self, kind: Forward) -> Iterator[None]:
         """Inside, the layers compute with the learned weights, or with W0 under the mask of the learned weights, whose gradient is taken
         as that of the learned ones (straight through); inside `teacher` with W0."""
+        before = {name: linear.__dict__.get("forward") for name, linear in self._linears.items()}  # of who wraps modules too
         for name, linear in self._linears.items():
             linear.forward = partial(self._run, kind, linear, self.tensors[name], self._scales.get(name))  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for linear in self._linears.values():
+            for name, linear in self._linears.items():
                 del linear.__dict__["forward"]
+                if before[name] is not None:
+                    linear.__dict__["forward"] = before[name]
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -107,10 +110,10 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         for_x, for_w, for_bias, *_ = ctx.needs_input_grad
-        rows = upstream.flatten(0, -2)
+        rows = upstream.reshape(-1, upstream.shape[-1])
         return (
             upstream @ ctx.masked(w) if for_x else None,
-            rows.T @ x.flatten(0, -2) if for_w else None,
+            rows.T @ x.reshape(-1, x.shape[-1]) if for_w else None,
             rows.sum(0) if for_bias else None,
             None,
             None,

@@ -19,6 +19,7 @@ from proxsparse_triton.methods.proxsparse import ProxSparse, rms
 from proxsparse_triton.methods.repair import DAMPENING, KINDS, Repair, masked_least_squares
 from proxsparse_triton.methods.sparsegpt import SparseGPT
 from proxsparse_triton.methods.wanda import Wanda
+from proxsparse_triton.ops import mask_24
 from proxsparse_triton.training.batches import Batch
 
 STEPS = 16
@@ -279,3 +280,28 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
         Repair(**settings)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_least_squares_cannot_reach_is_said_before_any_work(device: str) -> None:
+    given = task(device, include=["lm_head", "mlp"])
+    with pytest.raises(ConfigError, match=r"expected layers inside the decoder blocks model\.layers, got lm_head.*--repair finetune"):
+        Repair("both").check(given)
+    Repair("finetune").check(given)
+
+
+def test_fine_tuning_keeps_within_the_memory_of_the_run(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By activation checkpointing, as learning does."""
+    seen: list[bool] = []
+    original = repair.learn
+    monkeypatch.setattr(
+        repair, "learn", lambda model, windows, optimizer, config, *rest, **more: (
+            seen.append(config.checkpointing), original(model, windows, optimizer, config, *rest, **more)
+        )[1]
+    )  # fmt: skip
+    for limit in (None, 1):
+        given = replace(task(device), memory=limit)
+        masks = {name: mask_24(linear.weight.abs()).cpu() for name, linear in given.linears().items()}
+        Repair("finetune", 1).run(given, PruneResult(masks))
+    assert seen[-1] is True
+    if device == "cpu":
+        assert seen == [False, True]

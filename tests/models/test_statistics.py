@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from proxsparse_triton.models.statistics import Hessian, InputNorm, input_rms, observe
 
@@ -83,3 +83,45 @@ def test_rms_of_the_inputs_of_a_model(device: str) -> None:
     assert not found["idle"].any()
     assert model.training
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rms_without_dropout(device: str, training: bool) -> None:
+    """Twice the same, those of the model as it is used; its mode is put back."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, hidden_dropout=0.5)).to(device).train(training)
+    linears = {"up": model.get_submodule("gpt_neox.layers.1.mlp.dense_h_to_4h")}
+    found = [input_rms(model, linears, [torch.arange(9)])["up"] for _ in range(2)]
+    assert torch.equal(*found)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_mean_square_is_that_of_a_token(device: str) -> None:
+    """However many there were, in whatever portions."""
+    norm = InputNorm(nn.Linear(3, 1).to(device))
+    assert norm.mean_square().tolist() == [0, 0, 0]
+    norm.add(torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.0, 0.0]], device=device))
+    norm.add(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]], device=device))
+    assert norm.mean_square().tolist() == [4.5, 2.5, 0]
+    assert norm.value().square().tolist() == pytest.approx([18, 10, 0])
+
+
+def test_inputs_of_the_output_head(device: str) -> None:
+    """Only the whole model runs it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=28, num_hidden_layers=1, num_attention_heads=4)
+    model = LlamaForCausalLM(config).to(device)
+    tokens = torch.arange(9)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens[None].to(device)).last_hidden_state[0]
+    found = input_rms(model, {"head": model.lm_head}, [tokens])["head"]
+    torch.testing.assert_close(found, hidden.square().mean(0).sqrt(), rtol=1e-5, atol=0)
+
+
+def test_the_mode_is_restored_after_an_error() -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=28, num_hidden_layers=1, num_attention_heads=4))
+    model.train()
+    with pytest.raises(IndexError):
+        input_rms(model, {}, [torch.tensor([99])])
+    assert model.training

@@ -210,3 +210,23 @@ def test_warnings_are_noted_and_recorded() -> None:
 def test_settings_that_contradict(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoopConfig(**settings)
+
+
+def test_the_rates_of_the_groups_are_theirs_again() -> None:
+    """A second run with the same optimiser peaks as high as the first; also where the first has failed."""
+    model = tiny()
+    optimizer = ProxAdamW([(name, linear.weight) for name, linear in linears_of(model).items()], lr=1e-2)
+    for _ in range(2):
+        rows: list[Mapping[str, Any]] = []
+        learn(model, windows(3), optimizer, LoopConfig(steps=10), record=rows.append)
+        assert max(row["lr"] for row in rows) == 1e-2
+    with pytest.raises(ZeroDivisionError):
+        learn(model, windows(3), optimizer, LoopConfig(steps=10), lambda batch: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2]
+
+
+def test_no_window_is_an_error_and_not_an_endless_loop() -> None:
+    model = tiny()
+    optimizer = ProxAdamW([(name, linear.weight) for name, linear in linears_of(model).items()])
+    with pytest.raises(ConfigError, match="expected at least one window of tokens, got none"):
+        learn(model, [], optimizer, LoopConfig(steps=3), lambda batch: batch.tokens.sum())

@@ -132,10 +132,15 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 TOKENS = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["learned", "masked"])
-def test_the_teacher_is_the_dense_model(kind: Any) -> None:
+def test_the_teacher_is_the_dense_model(kind: Any, bias: bool) -> None:
     """Whatever has been learned, also by parameters that are not pruned; afterwards all of it is there again."""
-    model = tiny()
+    model = tiny(attention_bias=bias, mlp_bias=bias)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
     dense = model(input_ids=TOKENS).logits
     linears = linears_of(model)
     others = {name: p for name, p in model.named_parameters() if name not in linears}
@@ -255,3 +260,26 @@ def test_their_mask_is_the_one_the_loss_saw(dtype: torch.dtype) -> None:
         seen = masked_weight_24(w, torch.ones_like(w), column_scale=some) != 0
         assert torch.equal(mask_24(mask_scores(w, some)), seen)
     assert not torch.equal(mask_24(mask_scores(w, None)), seen)
+
+
+def test_a_forward_that_somebody_else_had_put_there_is_put_back() -> None:
+    """accelerate wraps modules that way."""
+    linear, _ = layer()
+
+    def wrapped(x: Tensor) -> Tensor:
+        return x
+
+    linear.forward = wrapped  # type: ignore[method-assign]
+    with PretrainedWeights({"w": linear}).forward("masked"):
+        assert linear(torch.ones(16)).shape == (12,)
+    assert vars(linear)["forward"] is wrapped
+
+
+def test_a_single_row_without_a_batch() -> None:
+    linear, _ = layer()
+    x = torch.randn(16, requires_grad=True)
+    with PretrainedWeights({"w": linear}).forward("masked"):
+        linear(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(linear.weight.grad, x.detach().expand(12, 16))
+    torch.testing.assert_close(linear.bias.grad, torch.ones(12))
