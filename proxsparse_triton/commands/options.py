@@ -43,7 +43,8 @@ METHOD_OPTIONS = (
     ),
     click.option("--prox-scale", type=click.Choice(["activations", "none"]), help="proxsparse: what prox and mask measure weights by."),
     click.option("--train", type=click.Choice(["pruned", "all"]), help="proxsparse: only the layers to prune learn, or all parameters."),
-    click.option("--temperature", type=float, help="proxsparse: of --loss kl. Default: 2."),
+    click.option("--temperature", type=float, help="proxsparse: of --loss kl. Default: 1."),
+    click.option("--layer-weight", type=float, help="proxsparse: of the hidden states' errors in --loss kl. Default: 1; 0: logits only."),
     click.option(
         "--lambda1", type=AUTO, metavar="auto|X", help="proxsparse: strength of the 2:4 regulariser. Default: from scale and steps."
     ),
@@ -73,7 +74,7 @@ METHOD_OPTIONS = (
     click.option("--mask-only", is_flag=True, default=None, help="sparsegpt: its mask on the original weights, none updated."),
 )
 METHOD_FIELDS = (
-    *("recipe", "loss", "forward", "prox_scale", "train", "temperature"),
+    *("recipe", "loss", "forward", "prox_scale", "train", "temperature", "layer_weight"),
     *("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "steps", "weight_bits", "moments", "clip_mode", "checkpointing"),
     *("dampening", "mask_only"),
 )

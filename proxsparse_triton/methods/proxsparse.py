@@ -66,6 +66,7 @@ class ProxSparse:
     prox_scale: Literal["activations", "none"] | None = None
     train: Literal["pruned", "all"] | None = None
     temperature: float | None = None
+    layer_weight: float | None = None  # of the hidden states' errors beside the divergence
     lambda1: float | None = None  # None: the recipe's strength for the rms of the weights and the number of steps
     lambda2: float = 0.0
     frozen_eps: float = 0.1
@@ -105,15 +106,17 @@ class ProxSparse:
         # Their own checks, before any work.
         objective = self.objective
         self.loop_config(1)
-        if self.temperature is not None and objective.loss != "kl":
-            raise ConfigError(
-                f"proxsparse: expected --temperature with --loss kl, got {objective.loss} (recipe {self.recipe}). Leave it out."
-            )
+        for name in ("temperature", "layer_weight"):
+            if getattr(self, name) is not None and objective.loss != "kl":
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(
+                    f"proxsparse: expected {option} with --loss kl, got {objective.loss} (recipe {self.recipe}). Leave it out."
+                )
 
     @property
     def objective(self) -> Objective:
         """The recipe's, with what was asked for in its place."""
-        asked = {name: getattr(self, name) for name in ("loss", "forward", "train", "temperature")}
+        asked = {name: getattr(self, name) for name in ("loss", "forward", "train", "temperature", "layer_weight")}
         return replace(recipe(self.recipe).objective, **{name: value for name, value in asked.items() if value is not None})
 
     def loop_config(self, windows: int, *, checkpointing: bool = False) -> LoopConfig:

@@ -1,4 +1,5 @@
-"""Kullback-Leibler divergence from the dense model's next-token distributions: every position of a text teaches the whole vocabulary.
+"""Distance from the dense model: of its next-token distributions, where every position of a text teaches the whole vocabulary, and of its
+hidden states, where every layer has a goal of its own.
 
 The teacher is the same model with its pretrained weights in place, so there is no second model in memory, and the head runs in chunks of
 tokens, so neither model's logits ever exist all at once.
@@ -16,15 +17,19 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from .batches import Batch
+from .layer_errors import layer_errors
 from .loss import CHUNK, PROBE, chunk_rows, separable_head
 
-TEMPERATURE = 2.0
+TEMPERATURE = 1.0
+LAYER_WEIGHT = 1.0
 
 
 class DistillationLoss:
-    """Mean divergence KL(teacher || model) over all real positions of a batch, at a temperature: fp32 scalar.
+    """Mean divergence KL(teacher || model) over all real positions t of a batch, and relative errors of the hidden states: fp32 scalar.
 
-    tau^2 mean_t sum_v p0 (log p0 - log p),   p0 = softmax(z0 / tau),  p = softmax(z / tau)
+    tau^2 mean_t sum_v p0 (log p0 - log p)  +  a sum_l mean_t ||h_l - h0_l||^2 / ||h0_l||^2,   p0 = softmax(z0 / tau),  p = softmax(z / tau)
+
+    h_l leaves decoder block l, the last one the final norm too.
 
     The head runs in chunks where the model is provably `head(base(tokens))` and `chunkable`; otherwise whole logits are compared.
 
@@ -32,10 +37,10 @@ class DistillationLoss:
         model: transformers causal language model.
         window: any token window, int64 [tokens], on the model's device.
         teacher: inside this context the model's forward pass is the teacher's.
-        temperature: tau > 0.
+        temperature: tau > 0. layer_weight: a >= 0.
         chunkable: False where the head is not the teacher's (it learns, or is pruned).
         chunk: logits of one model that may exist at once; half of what cross-entropy takes, since there are two.
-    Source: Hinton et al. 2015 (arXiv 1503.02531).
+    Source: Hinton et al. 2015 (arXiv 1503.02531); the hidden states as in FitNets, Romero et al. 2015 (arXiv 1412.6550).
     """
 
     def __init__(
@@ -43,12 +48,14 @@ class DistillationLoss:
         model: nn.Module,
         window: Tensor,
         teacher: Callable[[], AbstractContextManager[None]],
-        *,
         temperature: float = TEMPERATURE,
+        layer_weight: float = LAYER_WEIGHT,
+        *,
         chunkable: bool = True,
         chunk: int = CHUNK // 2,
     ) -> None:
-        self._model, self._teacher, self._temperature, self._chunk = model, teacher, temperature, chunk
+        self._model, self._teacher, self._chunk = model, teacher, chunk
+        self._temperature, self._layer_weight = temperature, layer_weight
         self._parts = separable_head(model, window[None, :PROBE]) if chunkable else None
 
     @property
@@ -59,14 +66,33 @@ class DistillationLoss:
         arguments: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
         if batch.mask is not None:
             arguments["attention_mask"] = batch.mask.long()
+        if self._layer_weight:
+            arguments["output_hidden_states"] = True
         real = None if batch.mask is None else batch.mask.flatten()
-        if self._parts is None:
-            target = self._of_teacher(self._model, arguments).logits.flatten(0, 1)
-            return divergence(self._model(**arguments).logits.flatten(0, 1), target, real, temperature=self._temperature)
-        base, head = self._parts
-        target = self._of_teacher(base, arguments).last_hidden_state.flatten(0, 1)
-        hidden = base(**arguments).last_hidden_state.flatten(0, 1)
-        return linear_divergence(hidden, target, head.weight, head.bias, real, temperature=self._temperature, chunk=self._chunk)
+        body, head = self._parts or (self._model, None)
+        target = self._of_teacher(body, arguments)
+        out = body(**arguments)
+        if head is None:
+            loss = divergence(out.logits.flatten(0, 1), target.logits.flatten(0, 1), real, temperature=self._temperature)
+        else:
+            last, last0 = (output.last_hidden_state.flatten(0, 1) for output in (out, target))
+            loss = linear_divergence(last, last0, head.weight, head.bias, real, temperature=self._temperature, chunk=self._chunk)
+            del last0
+        if self._layer_weight:
+            hidden, targets = self._between(out), self._between(target)
+            del out, target  # each target is needed no longer than its own layer's error
+            loss = loss + self._layer_weight * layer_errors(hidden, targets, real)
+        return loss
+
+    def _between(self, output: Any) -> list[Tensor]:
+        """Hidden states after each block. ModelError: the model does not tell them."""
+        states = getattr(output, "hidden_states", None)
+        if not states or len(states) < 2:
+            raise ModelError(
+                f"distillation: expected hidden states of every decoder block, got none from {type(self._model).__name__}. "
+                "Use --layer-weight 0."
+            )
+        return list(states[1:])  # the first are the embeddings
 
     def _of_teacher(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
         """Without dropout, whatever the model learns with."""

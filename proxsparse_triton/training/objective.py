@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .batches import Batch
-from .distillation import TEMPERATURE, DistillationLoss
+from .distillation import LAYER_WEIGHT, TEMPERATURE, DistillationLoss
 from .loss import NextTokenLoss
 from .pretrained import Forward, PretrainedWeights
 
@@ -30,14 +30,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Objective:
-    """loss: "kl", divergence from the dense model at `temperature`, or "ce", cross-entropy of the text. forward: the loss sees W0 under the
-    mask of the learned weights ("masked"), or the learned weights. train: only the weights to prune learn, or all parameters.
+    """loss: "kl", divergence from the dense model at `temperature` and `layer_weight` times the errors of its hidden states, or "ce",
+    cross-entropy of the text. forward: the loss sees W0 under the mask of the learned weights ("masked"), or the learned weights. train:
+    only the weights to prune learn, or all parameters.
     """
 
     loss: Literal["kl", "ce"] = "kl"
     forward: Forward = "masked"
     train: Literal["pruned", "all"] = "pruned"
     temperature: float = TEMPERATURE
+    layer_weight: float = LAYER_WEIGHT
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -45,6 +47,8 @@ class Objective:
                 raise ConfigError(f"learning: expected --{name} {' or '.join(choices)}, got {getattr(self, name)!r}. Choose one of these.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"learning: expected a finite temperature > 0, got {self.temperature}. The default is {TEMPERATURE:g}.")
+        if not (math.isfinite(self.layer_weight) and self.layer_weight >= 0):
+            raise ConfigError(f"learning: expected a finite layer_weight >= 0, got {self.layer_weight}. The default is {LAYER_WEIGHT:g}.")
 
     @property
     def keeps_pretrained(self) -> bool:
@@ -72,7 +76,8 @@ class Objective:
                 yield Prepared(NextTokenLoss(model, window, chunkable=not (own_head and self.forward == "masked")), pretrained)
                 return
             chunkable = not own_head and not others
-            loss = DistillationLoss(model, window, pretrained.teacher, temperature=self.temperature, chunkable=chunkable)
+            strengths = self.temperature, self.layer_weight
+            loss = DistillationLoss(model, window, pretrained.teacher, *strengths, chunkable=chunkable)
             yield Prepared(loss, pretrained)
 
     @contextmanager
