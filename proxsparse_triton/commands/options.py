@@ -70,12 +70,18 @@ METHOD_OPTIONS = (
         default=None,
         help="proxsparse: recompute activations in the backward pass. Default: where a step does not fit otherwise.",
     ),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=None,
+        help="proxsparse: replay forward and backward pass as a CUDA graph. Default: where a step takes less than half of the GPU.",
+    ),
     click.option("--dampening", type=float, help="sparsegpt: share of the mean Hessian diagonal added to it. Default: 0.01."),
     click.option("--mask-only", is_flag=True, default=None, help="sparsegpt: its mask on the original weights, none updated."),
 )
 METHOD_FIELDS = (
     *("recipe", "loss", "forward", "prox_scale", "train", "temperature", "layer_weight"),
     *("lambda1", "lambda2", "frozen_eps", "lr", "batch_size", "epochs", "steps", "weight_bits", "moments", "clip_mode", "checkpointing"),
+    "cuda_graph",
     *("dampening", "mask_only"),
 )
 

@@ -79,6 +79,7 @@ class ProxSparse:
     steps: int | None = None  # instead of epochs
     weight_bits: int | None = None  # kept of bf16 weights; None: default_precision
     moments: Moments | None = None  # None: default_precision
+    cuda_graph: bool = True  # of forward and backward pass, where that pays
     checkpointing: bool | None = None  # of activations; None: where the step would not fit into the GPU without
 
     needs_calibration: ClassVar[bool] = True
@@ -129,6 +130,7 @@ class ProxSparse:
             epochs=epochs if self.epochs is None else self.epochs,
             steps=self.steps,
             checkpointing=checkpointing,
+            cuda_graph=self.cuda_graph,
             release_gradients=self.clip_mode == "none",
         )
 

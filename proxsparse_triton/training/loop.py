@@ -21,6 +21,7 @@ from ..progress import SILENT, Progress
 from .batches import Batch, batches
 from .loss import NextTokenLoss
 from .memory import checkpointing
+from .passes import Passes, one_text_a_window
 from .watch import MaskWatch, Pace
 
 
@@ -34,6 +35,7 @@ class LoopConfig:
     epochs: int = 1
     steps: int | None = None  # instead of whole epochs
     checkpointing: bool = False  # of activations: a third more arithmetic, the activations of one decoder block instead of all
+    cuda_graph: bool = True  # forward and backward pass, where that is possible and pays; see `Passes`
     release_gradients: bool = False  # each weight is stepped inside the backward pass; needs an optimiser without max_norm
 
     def __post_init__(self) -> None:
@@ -80,10 +82,14 @@ def learn(
     loss_of = loss_of or NextTokenLoss(model, windows[0].to(device))
     pace = None if watch is None else Pace(steps, round_up(config.warmup * steps), watch.masked)
     peaks = [group["lr"] if config.lr is None else config.lr for group in optimizer.param_groups]
+    # A released gradient is used in the backward pass, with numbers that change; activation checkpointing looks at the random state.
+    capture = device.type == "cuda" and config.cuda_graph and not (config.release_gradients or config.checkpointing)
+    passes = Passes(loss_of, [p for p in model.parameters() if p.requires_grad], capture=capture)
     torch.manual_seed(seed)
     model.train()
     with (
         fast_matmul(device),
+        one_text_a_window(),
         checkpointing(model, config.checkpointing),
         _gradient_release(optimizer, config.release_gradients),
         _rates(optimizer),
@@ -93,8 +99,7 @@ def learn(
             factor = warmup_linear(step, steps, config.warmup)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            loss = loss_of(batch.to(device))
-            loss.backward()
+            loss = passes(batch.to(device))
             if not config.release_gradients:
                 _complete_gradients(optimizer)
             optimizer.step()
@@ -119,7 +124,7 @@ def _figures(loss: Tensor, optimizer: ProxAdamW, watch: MaskWatch | None) -> tup
     figures = optimizer.figures()
     changes = {} if watch is None else watch.changes()
     parts: tuple[dict[str, Tensor], ...] = (
-        {"loss": loss.detach(), "penalty": figures.penalty, "grad_norm": figures.norm, "share_24": figures.share_24},
+        {"loss": loss, "penalty": figures.penalty, "grad_norm": figures.norm, "share_24": figures.share_24},
         figures.shares,
         changes,
     )
