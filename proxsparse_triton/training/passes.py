@@ -60,6 +60,9 @@ class Passes:
             return
         self._forget()
         self._tokens = batch.tokens.clone()
+        random = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        before = torch.Generator(device)
+        before.set_state(random.get_state())
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -67,6 +70,7 @@ class Passes:
         except RuntimeError:
             self._capture = False
             self._forget()
+            random.graphsafe_set_state(before.graphsafe_get_state())  # its own is that of a capture which never ended
             return
         self._graph = graph
         self._gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]

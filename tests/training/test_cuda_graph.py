@@ -48,12 +48,28 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+class Generator:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def set_state(self, state: str) -> None:
+        self.state = state
+
+    def graphsafe_get_state(self) -> str:
+        return self.state
+
+
 class Played:
     """Stands for torch.cuda: a graph whose replay is the pass itself, on the tokens and into the gradients of the capture."""
 
     def __init__(self, allocated: int = 10, total: int = 100, error: Exception | None = None) -> None:
         self.allocated, self.total, self.error = allocated, total, error
+        self.restored: list[object] = []
         self.captures = self.replays = 0
+        self.default_generators = [SimpleNamespace(get_state=lambda: "before", graphsafe_set_state=self.restored.append)]
+
+    def current_device(self) -> int:
+        return 0
 
     def max_memory_allocated(self, device: torch.device) -> int:
         return self.allocated
@@ -84,7 +100,7 @@ class Played:
 def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Played, Passes, nn.Module]]:
     def make(*, capture: bool = True, **settings: Any) -> tuple[Played, Passes, nn.Module]:
         cuda, model = Played(**settings), tiny()
-        monkeypatch.setattr(passes, "torch", SimpleNamespace(cuda=cuda))
+        monkeypatch.setattr(passes, "torch", SimpleNamespace(cuda=cuda, Generator=Generator))
         cuda.passes = Passes(NextTokenLoss(model, windows(1)[0]), model.parameters(), capture=capture)
         return cuda, cuda.passes, model
 
@@ -136,6 +152,7 @@ def test_passes_that_are_not_captured_run_as_ever(played: Any, settings: dict[st
     for number in range(EAGER + 3):
         same(step(run, model, batch(seed=number)), by_hand(batch(seed=number)))
     assert (cuda.captures, cuda.replays, run.captured) == (captures, 0, False)
+    assert cuda.restored == ["before"] * captures
 
 
 def test_the_loss_keeps_nothing_alive(played: Any) -> None:
