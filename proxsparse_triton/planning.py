@@ -14,6 +14,7 @@ import torch
 from .errors import ConfigError, ModelError
 from .methods.base import build_method
 from .methods.proxsparse import ProxSparse
+from .methods.repair import Repair
 from .models.checkpoint import one_line, stored_dtype
 from .models.loading import ModelSource, load_config, resolve_model
 from .models.selection import plan_layers
@@ -48,9 +49,10 @@ BANDWIDTH = 0.8  # of the data sheet's TB/s in the optimiser's pass over the wei
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """items: bytes at the highest point of a step: weights, moments, pretrained (W0), residual, gradients, activations, logits, workspace.
+    """items: bytes at the highest point of a step: weights, moments, pretrained (W0), residual, gradients, activations, logits, workspace;
+    with fine-tuning as repair its masks too.
 
-    seconds: of all steps together; None where the GPU's speed is not known.
+    steps, and seconds of all steps together: with those of fine-tuning. seconds: None where the GPU's speed is not known.
     """
 
     items: dict[str, int]
@@ -72,6 +74,7 @@ def predict(
     device_name: str | None = None,
     *,
     samples: int = 400,
+    repair: Repair | None = None,
     limit: int | None = None,
     stored: torch.dtype | None = None,
     include: Sequence[str] = (),
@@ -81,7 +84,7 @@ def predict(
     """Peak memory and time of learning with `settings` a model that a transformers `config` describes; no file is read.
 
     Args:
-        batch_size: instead of that of `settings`. samples: calibration windows.
+        batch_size: instead of that of `settings`. samples: calibration windows. repair: what follows, if anything.
         device_name: as CUDA names the GPU, for the time.
         limit: bytes to keep within; decides about checkpointing where `settings` do not. None: no limit.
         stored: dtype of the weights in their file, which decides how W0 is kept. None: `dtype`.
@@ -97,7 +100,11 @@ def predict(
     settings = dataclasses.replace(settings, weight_bits=weight_bits, moments=moments, checkpointing=checkpointing)
     step = settings.memory_of_step(model, pruned, seqlen, checkpointing=checkpointing, stored=stored)
     steps = steps_of(samples, settings.loop_config(samples))
-    return MemoryPlan(step.items, _seconds(step, steps, dtype, device_name), steps, settings)
+    items = step.items
+    if repair is not None and (finetuning := repair.finetuning) is not None:
+        steps += steps_of(samples, finetuning.loop_config(samples))
+        items["masks"] = sum(model.get_parameter(name).numel() for name in pruned)
+    return MemoryPlan(items, _seconds(step, steps, dtype, device_name), steps, settings)
 
 
 def _seconds(step: memory.StepMemory, steps: int, dtype: torch.dtype, device_name: str | None) -> float | None:
@@ -156,6 +163,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         "seqlen": checked_seqlen(config.seqlen, model_config),
         "device_name": gpu.name if gpu else None,
         "samples": config.samples,
+        "repair": config.repairing(),
         "limit": limit,
         "stored": stored_dtype(source.weight_files) if in_files else getattr(model_config, "dtype", None),
         "include": config.include,

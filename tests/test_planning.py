@@ -149,6 +149,19 @@ def run(tmp_path: Path, **changes: Any) -> RunConfig:
     return RunConfig(**{"model": "demo", "output": tmp_path / "run", "device": "cpu", **changes})
 
 
+@pytest.mark.parametrize(
+    ("repair", "steps", "more"),
+    [("both", None, 400), ("finetune", 70, 70), ("least-squares", None, 0)],
+    ids=["both", "finetune", "least squares"],
+)
+def test_repair_is_planned_too(repair: str, steps: int | None, more: int, tmp_path: Path) -> None:
+    """Fine-tuning has its own steps, four passes over 100 windows, and masks of one byte a weight."""
+    without = plan_run(run(tmp_path, samples=100)).plan
+    plan = plan_run(run(tmp_path, samples=100, repair=repair, repair_steps=steps)).plan
+    assert (without.steps, plan.steps) == (400, 400 + more)
+    assert plan.peak - without.peak == plan.items.get("masks", 0) == plan.items["pretrained"] // 2 * (more > 0)
+
+
 def test_plan_of_a_run_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load_model", "load_tokenizer", "open_source"):
         monkeypatch.setattr(pipeline, name, lambda *args, **options: pytest.fail("something was loaded"))

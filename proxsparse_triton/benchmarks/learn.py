@@ -120,7 +120,8 @@ class LearnBench:
             samples=RUN_STEPS,
             limit=gpu.total_memory if gpu else None,
         )
-        return Case(name, tokens, plan)
+        plain = ProxSparse(recipe="paper", weight_bits=16, moments="bfloat16", checkpointing=plan.settings.checkpointing)
+        return Case(name, tokens, plan, predict(config, torch.bfloat16, plain, tokens))
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Case:
     name: str
     tokens: int
     plan: MemoryPlan
+    plain: MemoryPlan  # of the rival: all parameters learn from cross-entropy, bf16 moments, neither W0 nor residuals
 
     @property
     def precision(self) -> str:
@@ -138,11 +140,8 @@ class Case:
         return f"{stored}, lambda2 {settings.lambda2:g}, checkpointing {'on' if settings.checkpointing else 'off'}"
 
     def predicted(self, loop: str) -> int:
-        """Peak bytes. The plain loop has bf16 moments of all weights, and neither W0 nor residuals."""
-        items = self.plan.items
-        if loop == OURS:
-            return self.plan.peak
-        return self.plan.peak - items["moments"] - items["pretrained"] - items["residual"] + 2 * items["weights"]
+        """Peak bytes."""
+        return self.plan.peak if loop == OURS else self.plain.peak
 
 
 @dataclass(frozen=True)

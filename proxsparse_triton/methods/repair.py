@@ -45,6 +45,11 @@ class Repair:
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"repair: expected --repair-steps of at least 1, got {self.steps}. Choose another value.")
 
+    @property
+    def finetuning(self) -> ProxSparse | None:
+        """The settings of the learning loop; None without fine-tuning."""
+        return None if self.kind == "least-squares" else ProxSparse(forward="learned", lambda1=0.0, steps=self.steps)
+
     def check(self, task: PruneTask) -> None:
         """Before any work. ConfigError: least squares, which goes block by block, for a layer outside of the blocks."""
         outside = [choice.name for choice in task.plan.choices if choice.selected and choice.block is None]
@@ -68,8 +73,8 @@ class Repair:
             linear.weight.data = start.masked_fill(~mask, 0.0)
         if self.kind != "finetune":
             least_squares(task, original, result.masks, self.dampening)
-        if self.kind != "least-squares":
-            summary |= finetune(task, original, result.masks, self.steps)
+        if self.finetuning is not None:
+            summary |= finetune(task, original, result.masks, self.finetuning)
         weights = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in task.linears().items()}
         return replace(result, weights=weights, summary={**result.summary, "repair": summary})
 
@@ -126,10 +131,9 @@ def least_squares(task: PruneTask, original: Mapping[str, Tensor], masks: Mappin
             bar.advance()
 
 
-def finetune(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str, Tensor], steps: int | None) -> dict[str, object]:
-    """Learns the kept weights from the dense model's logits. Returns figures for the manifest."""
+def finetune(task: PruneTask, original: dict[str, Tensor], masks: Mapping[str, Tensor], settings: ProxSparse) -> dict[str, object]:
+    """Learns the kept weights from the dense model. Empties `original`: the teacher keeps its own. Returns figures for the manifest."""
     linears = task.linears()
-    settings = ProxSparse(forward="learned", lambda1=0.0, steps=steps)
     config = settings.loop_config(len(task.windows), checkpointing=settings.checkpoints(task))
     count = steps_of(len(task.windows), config)
     lr = TRAVEL * (count / 400) ** 0.5 * rms(linears) / count
@@ -138,6 +142,7 @@ def finetune(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str
         linear.weight.data = original[name]
     window = task.windows[0].to(next(task.model.parameters()).device)
     with Objective("kl", "learned", "pruned").of(task.model, linears, window) as prepared:
+        original.clear()
         hooks = []
         for name, linear in linears.items():
             linear.weight.data = started[name]

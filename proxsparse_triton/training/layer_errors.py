@@ -23,7 +23,8 @@ def relative_error(hidden: Tensor, target: Tensor, real: Tensor | None = None) -
     """mean_t ||h_t - h0_t||^2 / ||h0_t||^2; forward and gradient together, so differentiate it once.
 
     Args: hidden, target: [..., width]; the gradient is that of `hidden` alone. real: bool [N], the positions that count; None: all.
-    Returns: scalar, fp32 (fp64 for fp64). A position whose target is zero does not count, but is one of the mean's.
+    Returns: scalar, fp32 (fp64 for fp64). A position whose target is zero, or squares to a subnormal number, does not count, but is one of
+        the mean's.
     """
     error: Tensor = _RelativeError.apply(hidden, target, real)  # type: ignore[no-untyped-call]
     return error
@@ -35,7 +36,7 @@ class _RelativeError(torch.autograd.Function):
         kind = torch.promote_types(hidden.dtype, torch.float32)
         size = torch.linalg.vector_norm(target, dim=-1, dtype=kind).square()
         share = torch.ones_like(size) / size.numel() if real is None else real.view_as(size).to(kind) / real.sum()
-        weight = torch.where(size > 0, share / size, 0.0)
+        weight = torch.where(size > torch.finfo(kind).tiny, share / size, 0.0)
         difference = hidden.to(kind) - target
         total: Tensor = (torch.linalg.vector_norm(difference, dim=-1).square() * weight).sum()
         # In the dtype of `hidden`: what waits for the backward pass is no larger than the target was.

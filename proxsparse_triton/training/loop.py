@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ class LoopConfig:
     checkpointing: bool = False  # of activations: a third more arithmetic, the activations of one decoder block instead of all
     cuda_graph: bool = True  # forward and backward pass, where that is possible and pays; see `Passes`
     release_gradients: bool = False  # each weight is stepped inside the backward pass; needs an optimiser without max_norm
+
+    @property
+    def capturable(self) -> bool:
+        """A released gradient is used in the backward pass, with numbers that change; checkpointing looks at the random state."""
+        return self.cuda_graph and not (self.release_gradients or self.checkpointing)
 
     def __post_init__(self) -> None:
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
@@ -82,9 +88,8 @@ def learn(
     loss_of = loss_of or NextTokenLoss(model, windows[0].to(device))
     pace = None if watch is None else Pace(steps, round_up(config.warmup * steps), watch.masked)
     peaks = [group["lr"] if config.lr is None else config.lr for group in optimizer.param_groups]
-    # A released gradient is used in the backward pass, with numbers that change; activation checkpointing looks at the random state.
-    capture = device.type == "cuda" and config.cuda_graph and not (config.release_gradients or config.checkpointing)
-    passes = Passes(loss_of, [p for p in model.parameters() if p.requires_grad], capture=capture)
+    typical = median([peak for peak, group in zip(peaks, optimizer.param_groups, strict=True) if group["prox"]] or peaks)
+    passes = Passes(loss_of, [p for p in model.parameters() if p.requires_grad], capture=device.type == "cuda" and config.capturable)
     torch.manual_seed(seed)
     model.train()
     with (
@@ -107,7 +112,7 @@ def learn(
             values, layers, changes = _figures(loss, optimizer, watch if look else None)
             _check_finite(step, steps, values, model, optimizer)
             optimizer.zero_grad(set_to_none=True)
-            row: dict[str, object] = {"step": step + 1, **values, "lr": max(peaks) * factor, "layers": layers}
+            row: dict[str, object] = {"step": step + 1, **values, "lr": typical * factor, "layers": layers}
             if look:
                 row["mask_changes"] = changes
             warning = None if pace is None else pace.warning(step, values["share_24"])

@@ -59,7 +59,7 @@ class Pace:
             )
         if not self.masked and step == self.steps - 1 - int(LAST * self.steps) and 1 - share_24 > TOO_LATE:
             return (
-                f"{100 * (1 - share_24):.0f} % of the blocks undecided with {100 * LAST:.0f} % of the steps left: "
-                "raise --lambda1, or learn longer with --epochs."
+                f"{100 * (1 - share_24):.0f} % of the blocks undecided with {self.steps - 1 - step} of {self.steps} steps left: "
+                "raise --lambda1, or learn longer with --epochs or --steps."
             )
         return None

@@ -67,8 +67,9 @@ def test_every_part_has_its_option(text: str, tmp_path: Path, monkeypatch: pytes
     assert asked(monkeypatch, *base) == proxsparse.ProxSparse()
     assert asked(monkeypatch, *base, "--lambda1", "auto", "--lr", "auto", "--recipe", "auto") == proxsparse.ProxSparse()
     options = ["--recipe", "paper", "--loss", "kl", "--forward", "masked", "--prox-scale", "activations", "--train", "pruned"]
-    given = asked(monkeypatch, *base, *options, "--temperature", "3", "--lambda1", "0.5", "--lr", "1e-3", "--steps", "7")
-    expected = proxsparse.ProxSparse("paper", "kl", "masked", "activations", "pruned", 3.0, lambda1=0.5, lr=1e-3, steps=7)
+    options += ["--temperature", "3", "--layer-weight", "0.25"]
+    given = asked(monkeypatch, *base, *options, "--lambda1", "0.5", "--lr", "1e-3", "--steps", "7")
+    expected = proxsparse.ProxSparse("paper", "kl", "masked", "activations", "pruned", 3.0, 0.25, lambda1=0.5, lr=1e-3, steps=7)
     assert given == expected
     preset = asked(monkeypatch, *base, "--preset", "llama-2-7b")
     assert (preset.recipe, preset.lambda1, preset.lr) == ("paper", 0.25, 1e-4)
@@ -82,8 +83,10 @@ def test_every_part_has_its_option(text: str, tmp_path: Path, monkeypatch: pytes
         (["--preset", "llama-2-7b", "--lr", "auto"], 1, "published values, without --lr auto. Leave one of them out."),
         (["--loss", "ce", "--temperature", "2"], 1, "expected --temperature with --loss kl, got ce"),
         (["--recipe", "paper", "--temperature", "2"], 1, "expected --temperature with --loss kl, got ce (recipe paper)"),
+        (["--loss", "ce", "--layer-weight", "1"], 1, "expected --layer-weight with --loss kl, got ce"),
         (["--steps", "5", "--epochs", "1"], 1, "expected --steps or --epochs, got both (5 and 1)"),
         (["--temperature", "0"], 1, "expected a finite temperature > 0, got 0.0"),
+        (["--layer-weight", "-1"], 1, "expected a finite layer_weight >= 0, got -1.0"),
         (["--repair-steps", "5"], 1, "expected --repair-steps with --repair, got it alone"),
         (["--repair", "least-squares", "--repair-steps", "5"], 1, "expected --repair-steps with fine-tuning"),
         (["--repair", "both", "--repair-steps", "0"], 1, "expected --repair-steps of at least 1, got 0"),

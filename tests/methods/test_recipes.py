@@ -38,7 +38,7 @@ def test_auto_travels_with_the_root_of_the_steps() -> None:
 def test_what_is_learned_from() -> None:
     found = {name: (r.objective.loss, r.objective.forward, r.objective.train, r.prox_scale, r.per_tensor) for name, r in RECIPES.items()}
     assert found == {"paper": ("ce", "learned", "all", "none", False), "auto": ("kl", "masked", "pruned", "activations", True)}
-    assert recipe("auto").objective.temperature == 2.0
+    assert (recipe("auto").objective.temperature, recipe("auto").objective.layer_weight) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("windows", "passes"), [(1, 4), (100, 4), (200, 4), (399, 3), (400, 2), (799, 2), (800, 1), (1600, 1)])

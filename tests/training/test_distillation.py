@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from transformers import (
 from proxsparse_triton.errors import ConfigError, ModelError
 from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.distillation import DistillationLoss, divergence, linear_divergence
+from proxsparse_triton.training.memory import checkpointing
 
 VOCABULARY, WIDTH, ROWS = 40, 16, 11
 
@@ -47,11 +50,6 @@ def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Te
     return hidden, target, weight, bias, torch.rand(ROWS, generator=generator) < 0.7
 
 
-def oracle(logits: Tensor, target: Tensor, real: Tensor, temperature: float) -> Tensor:
-    log_p, log_p0 = (F.log_softmax(z[real] / temperature, -1) for z in (logits, target))
-    return F.kl_div(log_p, log_p0, log_target=True, reduction="sum") * temperature**2 / real.sum()
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("padded", [False, True])
 def test_divergence_is_torchs(temperature: float, padded: bool) -> None:
@@ -59,7 +57,7 @@ def test_divergence_is_torchs(temperature: float, padded: bool) -> None:
     logits, of_teacher = hidden @ weight.T, target @ weight.T
     mask = real if padded else torch.ones_like(real)
     found = divergence(logits, of_teacher, mask if padded else None, temperature=temperature)
-    assert found.item() == pytest.approx(oracle(logits, of_teacher, mask, temperature).item(), rel=1e-12)
+    assert found.item() == pytest.approx(by_hand.divergence(logits, of_teacher, mask, temperature).item(), rel=1e-12)
     assert found > 0.1
 
 
@@ -70,7 +68,7 @@ def test_value_and_gradient_in_chunks(chunk: int, with_bias: bool, padded: bool)
     hidden, target, weight, bias, real = case()
     mask, offset = real if padded else torch.ones_like(real), bias if with_bias else None
     one, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    expected = oracle(F.linear(one, weight, offset), F.linear(target, weight, offset), mask, 2.0)
+    expected = by_hand.divergence(F.linear(one, weight, offset), F.linear(target, weight, offset), mask, 2.0)
     expected.backward()
     found = linear_divergence(other, target, weight, offset, mask if padded else None, temperature=2.0, chunk=chunk)
     (3 * found).backward()
@@ -153,12 +151,12 @@ def nothing() -> Iterator[None]:
     yield
 
 
-def scaled(model: nn.Module, factor: float):  # type: ignore[no-untyped-def]
+def scaled(model: nn.Module, factor: float, block: int = 1):  # type: ignore[no-untyped-def]
     """A teacher: the model with one matrix multiplied."""
 
     @contextmanager
     def teacher() -> Iterator[None]:
-        weight = model.get_submodule("model.layers.1.mlp.gate_proj").weight
+        weight = model.get_submodule(f"model.layers.{block}.mlp.gate_proj").weight
         before = weight.data
         weight.data = factor * before
         try:
@@ -174,6 +172,75 @@ def batch(padded: bool = False) -> Batch:
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6:] = False
     return Batch(tokens, mask if padded else None)
+
+
+def distance(model: nn.Module, given: Batch, teacher: Any, **options: Any) -> Tensor:
+    """By hand, from whole forward passes."""
+    mask = given.mask
+    arguments = {"input_ids": given.tokens, "attention_mask": None if mask is None else mask.long(), "output_hidden_states": True}
+    with torch.no_grad(), teacher():
+        dense = model(**arguments)
+    return by_hand.distance(model(**arguments), dense, None if mask is None else mask.flatten(), **options)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("chunkable", [True, False])
+@pytest.mark.parametrize("padded", [False, True])
+def test_errors_of_hidden_states_by_hand(padded: bool, chunkable: bool, checkpoint: bool) -> None:
+    """Value and gradients, with a teacher whose every layer is another; also where blocks are run again in the backward pass."""
+    model, given = tiny().train(), batch(padded)
+    teacher = scaled(model, 3.0, block=0)
+    expected = distance(model, given, teacher, layer_weight=0.5)
+    assert expected > distance(model, given, teacher, layer_weight=0.0) + 0.1
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    runs: list[None] = []
+    with checkpointing(model, checkpoint):
+        loss = DistillationLoss(model, given.tokens[0], teacher, layer_weight=0.5, chunkable=chunkable)
+        model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(lambda *_: runs.append(None))
+        found = loss(given)
+        found.backward()
+    assert len(runs) == 2 + checkpoint
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        if chunkable and name == "lm_head.weight":
+            assert p.grad is None
+        else:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("layer_weight", [0.0, 0.5])
+@pytest.mark.parametrize("chunkable", [True, False])
+def test_hidden_states_are_asked_for_only_where_they_count(chunkable: bool, layer_weight: float) -> None:
+    model, given = tiny(), batch()
+    loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0), layer_weight=layer_weight, chunkable=chunkable)
+    seen: list[Any] = []
+    module = model.model if chunkable else model
+    module.register_forward_pre_hook(lambda _, args, arguments: seen.append(arguments.get("output_hidden_states")), with_kwargs=True)
+    found = loss(given)
+    assert seen == 2 * [True if layer_weight else None]
+    assert found.item() == pytest.approx(distance(model, given, scaled(model, 3.0), layer_weight=layer_weight).item(), rel=1e-5)
+
+
+class Mute(nn.Module):
+    """Tells of its hidden states nothing, or no more than the embeddings."""
+
+    def __init__(self, states: Any) -> None:
+        super().__init__()
+        self.table, self.states = nn.Embedding(48, 48), states
+
+    def forward(self, input_ids: Tensor, use_cache: bool, output_hidden_states: bool = False) -> Any:
+        return SimpleNamespace(logits=self.table(input_ids), hidden_states=self.states)
+
+
+@pytest.mark.parametrize("states", [None, (), (torch.ones(2, 9, 16),)], ids=["none", "empty", "embeddings"])
+def test_a_model_that_tells_no_hidden_states(states: Any) -> None:
+    model, given = Mute(states), batch()
+    with pytest.raises(ModelError, match=r"hidden states of every decoder block, got none from Mute\. Use --layer-weight 0\.") as raised:
+        DistillationLoss(model, given.tokens[0], nothing)(given)
+    assert "\n" not in str(raised.value)
+    assert DistillationLoss(model, given.tokens[0], nothing, layer_weight=0.0)(given).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -230,13 +297,7 @@ def test_logits_that_are_more_than_a_head_are_compared_whole(kind: str, padded: 
     given = batch(padded)
     loss = DistillationLoss(model, given.tokens[0], scaled(model, 3.0))
     assert not loss.chunked
-    arguments = {"input_ids": given.tokens, "attention_mask": None if given.mask is None else given.mask.long()}
-    with torch.no_grad():
-        logits = model(**arguments).logits.double()
-        with scaled(model, 3.0)():
-            target = model(**arguments).logits.double()
-    real = torch.ones(18, dtype=torch.bool) if given.mask is None else given.mask.flatten()
-    expected = oracle(logits.flatten(0, 1), target.flatten(0, 1), real, 2.0)
+    expected = distance(model, given, scaled(model, 3.0))
     assert loss(given).item() == pytest.approx(expected.item(), rel=1e-4)
     assert expected > 1e-3
 
@@ -258,11 +319,10 @@ def test_the_teacher_has_no_dropout(kind: str, chunkable: bool) -> None:
     assert loss.chunked == chunkable
     model.eval()
     with torch.no_grad():
-        target = model(input_ids=given.tokens).logits.double()
+        dense = model(input_ids=given.tokens, output_hidden_states=True)
         model.train()
         torch.manual_seed(7)
-        logits = model(input_ids=given.tokens).logits.double()
-    expected = oracle(logits.flatten(0, 1), target.flatten(0, 1), torch.ones(18, dtype=torch.bool), 2.0).item()
+        expected = by_hand.distance(model(input_ids=given.tokens, output_hidden_states=True), dense).item()
     torch.manual_seed(7)
     assert loss(given).item() == pytest.approx(expected, rel=1e-4)
     assert expected > 1e-3

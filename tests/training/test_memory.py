@@ -109,18 +109,22 @@ def test_gradients_of_the_pruned_layers_alone(loss: Any) -> None:
     [("masked", False, False), ("masked", True, False), ("masked", True, True), ("learned", True, True)],
 )
 def test_a_teacher_costs_at_most_a_twentieth(forward: Any, checkpoint: bool, release: bool) -> None:
-    """Of the peak with cross-entropy, for a quarter of Llama-2-7B with weights and moments kept in the frugal way."""
+    """Of the peak with cross-entropy, for a quarter of Llama-2-7B with weights and moments kept in the frugal way.
+
+    The errors of the hidden states take the teacher's, and the model's own where no checkpoint keeps them anyway.
+    """
     shape = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
     model = meta_model(config(**shape, num_hidden_layers=8), torch.bfloat16)
     linears = linears_of(model)
     with Objective().trainable(model, linears):
         kept = resident(model, linears, Storage(16, "int8", torch.bfloat16))
-    kl, ce = (
-        trace_step(model, 1, 4096, checkpoint=checkpoint, release=release, pruned=linears, objective=Objective(loss, forward))
-        for loss in ("kl", "ce")
+    kl, plain, ce = (
+        trace_step(model, 1, 4096, checkpoint=checkpoint, release=release, pruned=linears, objective=objective)
+        for objective in (Objective("kl", forward), Objective("kl", forward, layer_weight=0.0), Objective("ce", forward))
     )
     assert StepMemory(kept, kl).peak <= 1.05 * StepMemory(kept, ce).peak
-    assert kl.total - ce.total <= 2**28
+    assert plain.total - ce.total <= 2**28
+    assert kl.total - plain.total <= 8 * (1 if checkpoint else 2) * (4096 * 4096 * 2)
     assert kl.flops > 1.2 * ce.flops  # there is one
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import by_hand
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxsparse_triton.errors import ConfigError
@@ -43,6 +45,15 @@ def linears_of(model: nn.Module, *, head: bool = False) -> dict[str, nn.Linear]:
     return {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear) and (head or ".layers." in n)}
 
 
+def of_text(model: nn.Module) -> Tensor:
+    logits = model(input_ids=TOKENS).logits.double()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+
+
+def distance(model: nn.Module, dense: nn.Module, **options: Any) -> Tensor:
+    return by_hand.distance(*(some(input_ids=TOKENS, output_hidden_states=True) for some in (model, dense)), **options)
+
+
 @pytest.mark.parametrize("objective", EVERY, ids=str)
 def test_what_learns_and_what_is_given_back(objective: Objective) -> None:
     model = tiny()
@@ -62,21 +73,16 @@ def test_what_learns_and_what_is_given_back(objective: Objective) -> None:
     assert all("forward" not in vars(linear) for linear in linears.values())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("temperature", "layer_weight"), [(1.0, 0.0), (2.0, 0.0), (1.0, 1.0), (2.0, 0.5)])
 @pytest.mark.parametrize("loss", ["kl", "ce"])
-def test_the_masked_loss_is_that_of_the_pruned_model(loss: Any, temperature: float) -> None:
+def test_the_masked_loss_is_that_of_the_pruned_model(loss: Any, temperature: float, layer_weight: float) -> None:
     """At the start: magnitude's mask on the pretrained weights."""
     model, pruned, dense = tiny(), tiny(), tiny()
     with torch.no_grad():
         for linear in linears_of(pruned).values():
             linear.weight *= mask_24(linear.weight.abs())
-    logits, target = (some(input_ids=TOKENS).logits.double() for some in (pruned, dense))
-    if loss == "ce":
-        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-    else:
-        log_p, log_p0 = ((z.flatten(0, 1) / temperature).log_softmax(-1) for z in (logits, target))
-        expected = temperature**2 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
-    with Objective(loss, "masked", "pruned", temperature).of(model, linears_of(model), TOKENS[0]) as prepared:
+    expected = of_text(pruned) if loss == "ce" else distance(pruned, dense, temperature=temperature, layer_weight=layer_weight)
+    with Objective(loss, "masked", "pruned", temperature, layer_weight).of(model, linears_of(model), TOKENS[0]) as prepared:
         found = prepared.loss(Batch(TOKENS, None)).item()
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
@@ -88,12 +94,7 @@ def test_a_pruned_head_is_masked_too(loss: Any) -> None:
     with torch.no_grad():
         for linear in linears_of(pruned, head=True).values():
             linear.weight *= mask_24(linear.weight.abs())
-    logits, target = (some(input_ids=TOKENS).logits.double() for some in (pruned, dense))
-    if loss == "ce":
-        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-    else:
-        log_p, log_p0 = ((z.flatten(0, 1) / 2).log_softmax(-1) for z in (logits, target))
-        expected = 4 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
+    expected = of_text(pruned) if loss == "ce" else distance(pruned, dense, temperature=2.0)
     with Objective(loss, "masked", "pruned", 2.0).of(model, linears_of(model, head=True), TOKENS[0]) as prepared:
         assert not prepared.loss.chunked  # type: ignore[attr-defined]
         assert prepared.loss(Batch(TOKENS, None)).item() == pytest.approx(expected.item(), rel=1e-4)
@@ -134,7 +135,7 @@ def test_nothing_to_learn_at_the_start_but_the_mask(train: Any) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("forward", ["learned", "masked"])
 def test_the_teacher_stays_where_it_was(forward: Any, tied: bool) -> None:
-    """All parameters have moved, embeddings and head too: the divergence is that from the model as it came."""
+    """All parameters have moved, embeddings and head too: the distance is that from the model as it came."""
     model, student, dense = tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied)
     with Objective("kl", forward, "all").of(model, linears_of(model), TOKENS[0]) as prepared, torch.no_grad():
         for some in (model, student):
@@ -145,8 +146,7 @@ def test_the_teacher_stays_where_it_was(forward: Any, tied: bool) -> None:
         for name, linear in linears_of(student).items():
             if forward == "masked":
                 linear.weight.copy_(original[name].weight * mask_24(linear.weight.abs()))
-        log_p, log_p0 = ((some(input_ids=TOKENS).logits.double().flatten(0, 1) / 2).log_softmax(-1) for some in (student, dense))
-        expected = 4 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean").item()
+        expected = distance(student, dense).item()
         assert prepared.loss(Batch(TOKENS, None)).item() == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
 
@@ -154,17 +154,12 @@ def test_the_teacher_stays_where_it_was(forward: Any, tied: bool) -> None:
 def test_a_pruned_head_that_is_not_masked() -> None:
     """Cross-entropy may take the learned weight as it is; the divergence has two heads."""
     for loss in ("ce", "kl"):
-        model, dense = tiny(), tiny()
+        model, learned, dense = tiny(), tiny(), tiny()
         with Objective(loss, "learned").of(model, linears_of(model, head=True), TOKENS[0]) as prepared:  # type: ignore[arg-type]
             with torch.no_grad():
-                model.lm_head.weight.mul_(1.5)
-                target = dense(input_ids=TOKENS).logits.double()
-            logits = 1.5 * target
-            if loss == "ce":
-                expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-            else:
-                log_p, log_p0 = ((z.flatten(0, 1) / 2).log_softmax(-1) for z in (logits, target))
-                expected = 4 * torch.nn.functional.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
+                for some in (model, learned):
+                    some.lm_head.weight.mul_(1.5)
+                expected = of_text(learned) if loss == "ce" else distance(learned, dense)
             assert prepared.loss.chunked == (loss == "ce")  # type: ignore[attr-defined]
             assert prepared.loss(Batch(TOKENS, None)).item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -211,6 +206,9 @@ def test_heads_run_in_chunks_where_they_are_the_teachers() -> None:
         ({"temperature": 0.0}, "expected a finite temperature > 0, got 0.0"),
         ({"temperature": float("nan")}, "expected a finite temperature > 0, got nan"),
         ({"temperature": float("inf")}, "expected a finite temperature > 0, got inf"),
+        ({"layer_weight": -0.5}, r"expected a finite layer_weight >= 0, got -0\.5\. The default is 1\."),
+        ({"layer_weight": float("nan")}, "expected a finite layer_weight >= 0, got nan"),
+        ({"layer_weight": float("inf")}, "expected a finite layer_weight >= 0, got inf"),
     ],
 )
 def test_values_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
@@ -227,9 +225,16 @@ def traced(objective: Objective, layers: int) -> Any:
 
 
 def test_memory_of_a_teacher() -> None:
-    """Counted without weights: the teacher adds its logits, in chunks, and a hidden state, nothing that grows with depth."""
-    shallow, deep = ({loss: traced(Objective(loss), layers) for loss in ("kl", "ce")} for layers in (2, 32))  # type: ignore[arg-type]
+    """Counted without weights: the teacher adds its logits, in chunks, and a hidden state, nothing that grows with depth.
+
+    The errors of the hidden states take two of each block, the model's own and the teacher's.
+    """
+    kinds = {"ce": Objective("ce"), "kl": Objective(layer_weight=0.0), "layers": Objective()}
+    shallow, deep = ({name: traced(objective, layers) for name, objective in kinds.items()} for layers in (2, 32))
     assert abs((deep["kl"].total - deep["ce"].total) - (shallow["kl"].total - shallow["ce"].total)) < 2**20
     assert deep["kl"].total <= 1.05 * deep["ce"].total
-    assert 1.25 < deep["kl"].flops / deep["ce"].flops < 1.4  # one more forward pass
+    for layers, found in ((2, shallow), (32, deep)):
+        assert found["layers"].total - found["kl"].total <= layers * 2 * (4096 * 4096 * 2)
+    for name in ("kl", "layers"):
+        assert 1.25 < deep[name].flops / deep["ce"].flops < 1.4  # one more forward pass
     assert traced(Objective("ce", "learned", "all"), 2).flops > shallow["ce"].flops  # embeddings and head learn too

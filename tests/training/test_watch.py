@@ -73,7 +73,7 @@ def test_shares_are_of_each_layer() -> None:
         (10, 0.50, True, None),
         (9, 0.99, True, None),
         (11, 0.99, True, None),
-        (89, 0.69, False, "31 % of the blocks undecided with 10 % of the steps left"),
+        (89, 0.69, False, "31 % of the blocks undecided with 10 of 100 steps left"),
         (89, 0.71, False, None),
         (89, 0.10, True, None),  # the loss has seen the mask
         (88, 0.10, False, None),
