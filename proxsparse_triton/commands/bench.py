@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from ..benchmarks.table import Row
 
 # WHAT -> the class of its settings in benchmarks/<what>.py
-BENCHES = {"prox": "ProxBench", "step": "StepBench", "learn": "LearnBench", "linear": "LinearBench", "decode": "DecodeBench"}
+BENCHES = {
+    "prox": "ProxBench",
+    "masked": "MaskedBench",
+    "step": "StepBench",
+    "learn": "LearnBench",
+    "linear": "LinearBench",
+    "decode": "DecodeBench",
+}
 # Option -> field of the settings, where the two differ. A bench that has no such field refuses the option.
 FIELDS = {"dtype": "dtypes", "shape": "shapes", "lambda": "lambdas", "model": "models"}
 TITLES = {
     "prox": "prox_24: one tensor in, one out",
+    "masked": "masked_weight_24: the pretrained weights under the mask of the learned ones",
     "step": "One optimiser step of one tensor",
     "learn": "The learning loop at real shapes, random weights, bf16, batch 1",
     "linear": "Linear layers on 2:4 weights against dense ones, bf16",
@@ -28,6 +36,7 @@ SUMMARIES = {"linear": "Where they break even with dense"}
 QUICK_SHAPE = (256, 512)
 QUICK: dict[str, dict[str, Any]] = {
     "prox": {"shapes": (QUICK_SHAPE,)},
+    "masked": {"shapes": (QUICK_SHAPE,)},
     "step": {"shapes": (QUICK_SHAPE,)},
     "learn": {"models": ("tiny",), "steps": 4},
     "linear": {"shapes": (QUICK_SHAPE,), "tokens": (1, 64)},
@@ -48,13 +57,15 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 
 @click.command()
 @click.argument("what", type=click.Choice([*BENCHES, "all"]), default="all")
-@click.option("--dtype", multiple=True, type=click.Choice(["bfloat16", "float32"]), help="prox, step: of the weights. [default: both]")
+@click.option(
+    "--dtype", multiple=True, type=click.Choice(["bfloat16", "float32"]), help="prox, masked, step: of the weights. [default: both]"
+)
 @click.option(
     "--shape",
     multiple=True,
     metavar="OUTxIN",
     callback=_shapes,
-    help="prox, step, linear: of the weight matrix; may be repeated. [default: the layers of Llama-2-7B]",
+    help="prox, masked, step, linear: of the weight matrix; may be repeated. [default: the layers of Llama-2-7B]",
 )
 @click.option("--lambda", "lambda", multiple=True, type=float, help="prox, step: lambda1 x rms of the weights; may be repeated.")
 @click.option("--lambda2", type=float, help="step, learn: the frozen-weight penalty; learn: 0 turns it off. [default: 0.25]")
@@ -85,7 +96,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option(
     "--rival/--no-rival",
     default=None,
-    help="prox: the published algorithm, eager and compiled. step: torch's fused AdamW. learn: plain AdamW. "
+    help="prox: the published algorithm, eager and compiled. masked: torch. step: torch's fused AdamW. learn: plain AdamW. "
     "[default: on; prox: one shape, two strengths]",
 )
 @click.option("--rounds", type=int, help="Repeats of each measurement but learn's. [default: 30; linear 7; decode, or on a CPU, 5]")
@@ -96,7 +107,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option("--plot", metavar="FILE.png", help="linear: speed-up over tokens; decode: tokens a second. Needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the tables.")
 def bench(what: str, output: str | None, commit: str | None, plot: str | None, as_json: bool, quick: bool, **options: Any) -> None:
-    """Measure WHAT on this machine: prox, step, learn, linear, decode or all (default).
+    """Measure WHAT on this machine: prox, masked, step, learn, linear, decode or all (default).
 
     Every result is checked against the reference first. Times are medians with 20 and 80 % quantiles, rivals run interleaved, and the roof
     is the bandwidth of a large copy measured in the same run. Without a GPU the plain-torch reference is measured.
@@ -195,6 +206,7 @@ def _not_measured(names: list[str]) -> str:
     """What a machine without a GPU cannot tell."""
     missing = {
         "prox": "the prox kernel and its share of the copy bandwidth, the compiled rival, scratch memory",
+        "masked": "the kernel and its share of the copy bandwidth, the compiled rival, scratch memory",
         "step": "the fused kernel and its share of the copy bandwidth",
         "learn": "models of real size, GPU memory",
         "linear": "our kernel, the sparse library, CUDA graphs",

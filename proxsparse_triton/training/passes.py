@@ -64,8 +64,9 @@ class Passes:
         before = torch.Generator(device)
         before.set_state(random.get_state())
         graph = torch.cuda.CUDAGraph()
+        here = torch.cuda.stream(torch.cuda.current_stream(device))  # comes back to it, which a capture that fails does not
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._run(Batch(self._tokens, None))
         except RuntimeError:
             self._capture = False

@@ -65,11 +65,21 @@ class Played:
     def __init__(self, allocated: int = 10, total: int = 100, error: Exception | None = None) -> None:
         self.allocated, self.total, self.error = allocated, total, error
         self.restored: list[object] = []
+        self.streams: list[str] = []
         self.captures = self.replays = 0
         self.default_generators = [SimpleNamespace(get_state=lambda: "before", graphsafe_set_state=self.restored.append)]
 
     def current_device(self) -> int:
         return 0
+
+    def current_stream(self, device: torch.device) -> str:
+        return "this"
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
 
     def max_memory_allocated(self, device: torch.device) -> int:
         return self.allocated
@@ -83,6 +93,7 @@ class Played:
     @contextmanager
     def graph(self, graph: object, capture_error_mode: str) -> Iterator[None]:
         self.captures += 1
+        assert self.streams == ["this"]
         yield
         if self.error is not None:
             raise self.error
@@ -244,6 +255,7 @@ def test_a_loss_that_waits_for_the_gpu_is_run_as_ever(monkeypatch: pytest.Monkey
     weights, _, captured = learned(True, monkeypatch, waiting)
     expected, _, _ = learned(False, monkeypatch, "ce")
     assert not captured
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
     x = torch.ones(1000, device="cuda")
     assert 300 < F.dropout(x, 0.5).count_nonzero().item() < 700  # the random state is not left in the failed capture
