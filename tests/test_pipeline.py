@@ -306,6 +306,7 @@ def test_broken_calibration_text_is_an_error_for_every_method(method: str, tmp_p
 
 def test_text_that_the_hub_does_not_give(tmp_path: Path) -> None:
     """Offline, the default text of a method that needs none: pruned, not measured, and why."""
+    pytest.importorskip("datasets")
     notes = Notes()
     record = prune(config(tmp_path / "run", "c4", method="magnitude"), notes)
     assert record.perplexity is None
