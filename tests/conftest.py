@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -51,3 +54,22 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small tensors; and the sums of two runs that are compared must be split alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small local .jsonl of real code, with documents on both sides of the split."""
+    path = tmp_path_factory.mktemp("text") / "code.jsonl"
+    with gzip.open(DATA / "calibration.jsonl.gz", "rt", encoding="utf-8") as lines:
+        documents = [json.loads(next(lines)) for _ in range(80)]
+    path.write_text("".join(json.dumps({"text": document["text"][:3000]}) + "\n" for document in documents))
+    return str(path)

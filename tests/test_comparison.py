@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import gzip
 import json
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +24,7 @@ ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
 METHODS = ("magnitude", "wanda", "sparsegpt", "proxsparse")
 SETTINGS = {"proxsparse": {"recipe": "paper", "lambda1": 20.0, "lr": 2e-3}, "sparsegpt": {"mask_only": True}}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "code.jsonl"
-    with gzip.open(ROOT / "tests" / "data" / "calibration.jsonl.gz", "rt", encoding="utf-8") as lines:
-        documents = [json.loads(next(lines)) for _ in range(80)]
-    path.write_text("".join(json.dumps({"text": document["text"][:3000]}) + "\n" for document in documents))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(output: Path, text: str, **changes: Any) -> RunConfig:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import gzip
 import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +42,7 @@ RUN_FILES = {
     "tokenizer_config.json",
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors; and the sums of two runs that are compared must be split alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small local .jsonl of real code, with documents on both sides of the split."""
-    path = tmp_path_factory.mktemp("text") / "code.jsonl"
-    with gzip.open(ROOT / "tests" / "data" / "calibration.jsonl.gz", "rt", encoding="utf-8") as lines:
-        documents = [json.loads(next(lines)) for _ in range(80)]
-    path.write_text("".join(json.dumps({"text": document["text"][:3000]}) + "\n" for document in documents))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(output: Path, text: str, **changes: Any) -> RunConfig:

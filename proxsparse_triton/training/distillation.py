@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from .batches import Batch
+from .gradients import GradientsInForward
 from .layer_errors import layer_errors
 from .loss import CHUNK, PROBE, chunk_rows, separable_head
 
@@ -149,7 +150,7 @@ def linear_divergence(
     return loss
 
 
-class _LinearDivergence(torch.autograd.Function):
+class _LinearDivergence(GradientsInForward):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, real: Tensor, temperature: float, rows: int
@@ -168,13 +169,5 @@ class _LinearDivergence(torch.autograd.Function):
             if gradient is not None:  # d/dz = tau (p - p0), times the row's share
                 difference = log_p.exp_().sub_(p0).mul_(temperature * share[part, None])
                 torch.mm(difference.to(hidden.dtype), weight, out=gradient[part])
-        ctx.gradient = gradient
+        ctx.name, ctx.gradients = "linear_divergence", (gradient,)
         return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise ConfigError("linear_divergence: expected one backward pass, got a second. Compute the loss again.")
-        return gradient.mul_(upstream), None, None, None, None, None, None

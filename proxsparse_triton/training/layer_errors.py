@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from .gradients import GradientsInForward
 
 
 def layer_errors(hidden: Sequence[Tensor], targets: list[Tensor], real: Tensor | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def relative_error(hidden: Tensor, target: Tensor, real: Tensor | None = None) -
     return error
 
 
-class _RelativeError(torch.autograd.Function):
+class _RelativeError(GradientsInForward):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
         kind = torch.promote_types(hidden.dtype, torch.float32)
@@ -40,13 +40,6 @@ class _RelativeError(torch.autograd.Function):
         difference = hidden.to(kind) - target
         total: Tensor = (torch.linalg.vector_norm(difference, dim=-1).square() * weight).sum()
         # In the dtype of `hidden`: what waits for the backward pass is no larger than the target was.
-        ctx.gradient = difference.mul_(2 * weight[..., None]).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        gradient = difference.mul_(2 * weight[..., None]).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        ctx.name, ctx.gradients = "relative_error", (gradient,)
         return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise ConfigError("relative_error: expected one backward pass, got a second. Compute the loss again.")
-        return gradient.mul_(upstream), None, None

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from .batches import Batch
+from .gradients import GradientsInForward
 
 IGNORED = -100
 # Logits of one chunk, 10 bytes each at the highest point (bf16, fp32, and their fp32 log-probabilities): 1.3 GB. A window of 4096 tokens is
@@ -122,7 +122,7 @@ def chunk_rows(chunk: int, vocabulary: int) -> int:
     return max(1, rows - rows % ROW_STEP if rows > ROW_STEP else rows)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(GradientsInForward):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
         for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
@@ -147,14 +147,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        ctx.name, ctx.gradients = "linear_cross_entropy", (grad_hidden, grad_weight, grad_bias)
         return total / real.sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # The only reference is given away: autograd can then keep the tensor as `.grad` instead of a copy of it.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise ConfigError("linear_cross_entropy: expected one backward pass, got a second. Compute the loss again.")
-        return (*(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None, None)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from proxsparse_triton.cli import main
@@ -18,22 +15,7 @@ from proxsparse_triton.methods.base import method_names
 ROOT = Path(__file__).parents[2]
 SMALL = ["--samples", "4", "--seqlen", "64", "--eval-windows", "4", "--device", "cpu"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "code.jsonl"
-    with gzip.open(ROOT / "tests" / "data" / "calibration.jsonl.gz", "rt", encoding="utf-8") as lines:
-        documents = [json.loads(next(lines)) for _ in range(80)]
-    path.write_text("".join(json.dumps({"text": document["text"][:3000]}) + "\n" for document in documents))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments: object) -> Result:

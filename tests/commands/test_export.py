@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from packing import magnitude_run
 from safetensors.torch import load_file, save_file
@@ -21,14 +19,7 @@ from proxsparse_triton.formats.packed import read_packed
 LAYER = "model.layers.0.mlp.up_proj.weight"
 SHARD = "packed-00001-of-00001.safetensors"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small; several threads per test only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import pickle
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,22 +27,7 @@ ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
 SMALL = ["--samples", "4", "--seqlen", "64", "--eval-windows", "4"]
 LEARN = ["--recipe", "paper", "--lambda1", "20", "--lr", "2e-3"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "code.jsonl"
-    with gzip.open(ROOT / "tests" / "data" / "calibration.jsonl.gz", "rt", encoding="utf-8") as lines:
-        documents = [json.loads(next(lines)) for _ in range(80)]
-    path.write_text("".join(json.dumps({"text": document["text"][:3000]}) + "\n" for document in documents))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments: object) -> Result:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from proxsparse_triton.cli import main
@@ -21,13 +19,7 @@ ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
 SMALL = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--device", "cpu"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
