@@ -7,6 +7,7 @@ tokens, so neither model's logits ever exist all at once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -41,6 +42,7 @@ class DistillationLoss:
         temperature: tau > 0. layer_weight: a >= 0.
         chunkable: False where the head is not the teacher's (it learns, or is pruned).
         chunk: logits of one model that may exist at once; half of what cross-entropy takes, since there are two.
+    Raises: ModelError: layer_weight > 0 and a model that does not tell its hidden states (then, or when it is called).
     Source: Hinton et al. 2015 (arXiv 1503.02531); the hidden states as in FitNets, Romero et al. 2015 (arXiv 1412.6550).
     """
 
@@ -58,6 +60,8 @@ class DistillationLoss:
         self._model, self._teacher, self._chunk = model, teacher, chunk
         self._temperature, self._layer_weight = temperature, layer_weight
         self._parts = separable_head(model, window[None, :PROBE]) if chunkable else None
+        if layer_weight and not _takes((self._parts or (model,))[0], "output_hidden_states"):
+            raise self._without_states()
 
     @property
     def chunked(self) -> bool:
@@ -86,14 +90,17 @@ class DistillationLoss:
         return loss
 
     def _between(self, output: Any) -> list[Tensor]:
-        """Hidden states after each block. ModelError: the model does not tell them."""
+        """Hidden states after each block."""
         states = getattr(output, "hidden_states", None)
         if not states or len(states) < 2:
-            raise ModelError(
-                f"distillation: expected hidden states of every decoder block, got none from {type(self._model).__name__}. "
-                "Use --layer-weight 0."
-            )
+            raise self._without_states()
         return list(states[1:])  # the first are the embeddings
+
+    def _without_states(self) -> ModelError:
+        return ModelError(
+            f"distillation: expected hidden states of every decoder block, got none from {type(self._model).__name__}. "
+            "Use --layer-weight 0."
+        )
 
     def _of_teacher(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
         """Without dropout, whatever the model learns with."""
@@ -104,6 +111,11 @@ class DistillationLoss:
                 return module(**arguments)
         finally:
             self._model.train(training)
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def divergence(logits: Tensor, target: Tensor, real: Tensor | None = None, *, temperature: float = TEMPERATURE) -> Tensor:

@@ -90,6 +90,7 @@ def learn(
     peaks = [group["lr"] if config.lr is None else config.lr for group in optimizer.param_groups]
     typical = median([peak for peak, group in zip(peaks, optimizer.param_groups, strict=True) if group["prox"]] or peaks)
     passes = Passes(loss_of, [p for p in model.parameters() if p.requires_grad], capture=device.type == "cuda" and config.capturable)
+    losses: list[float] = []
     torch.manual_seed(seed)
     model.train()
     with (
@@ -115,9 +116,11 @@ def learn(
             row: dict[str, object] = {"step": step + 1, **values, "lr": typical * factor, "layers": layers}
             if look:
                 row["mask_changes"] = changes
-            warning = None if pace is None else pace.warning(step, values["share_24"])
-            if warning is not None:
-                row["warnings"] = [warning]
+            losses.append(values["loss"])
+            warnings = [] if pace is None else pace.warnings(values["share_24"], losses)
+            if warnings:
+                row["warnings"] = warnings
+            for warning in warnings:
                 progress.note(warning)
             record(row)
             bar.advance(loss=f"{values['loss']:.3f}", sparse=f"{100 * values['share_24']:.1f}%")

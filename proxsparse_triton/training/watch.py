@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ LOOKS = 20  # over a run
 SAMPLE = 2**18  # weights of a layer that are looked at: shares are within 0.2 % of those of all its blocks
 TOO_EARLY, TOO_LATE = 0.5, 0.3  # shares of blocks: committed when the learning rate peaks, undecided with LAST of the steps left
 LAST = 0.1
+START, QUARTER = 0.05, 0.25  # shares of the steps: losses are averaged over the first START, and over as many before QUARTER
+ENOUGH = 5  # steps to average over: texts differ
 
 
 class MaskWatch:
@@ -44,14 +47,18 @@ class MaskWatch:
 
 @dataclass(frozen=True)
 class Pace:
-    """When a run of so many steps peaks its learning rate, and what to say about its commitment."""
+    """When a run of so many steps peaks its learning rate, and what to say about its loss and commitment."""
 
     steps: int
     peak: int  # step, 0-based
     masked: bool  # the loss sees the mask itself: then undecided blocks are no harm
 
-    def warning(self, step: int, share_24: float) -> str | None:
-        """After step `step` (0-based), with so many blocks 2:4. None: all is well, or it was not the moment to say so."""
+    def warnings(self, share_24: float, losses: Sequence[float]) -> list[str]:
+        """After as many steps as there are losses, with so many blocks 2:4. Empty: all is well, or it was not the moment to say so."""
+        step = len(losses) - 1
+        return [text for text in (self._commitment(step, share_24), self._loss(losses)) if text is not None]
+
+    def _commitment(self, step: int, share_24: float) -> str | None:
         if step == self.peak and share_24 > TOO_EARLY:
             return (
                 f"{100 * share_24:.0f} % of the blocks committed before the learning rate peaked (step {step + 1} of {self.steps}), "
@@ -63,3 +70,18 @@ class Pace:
                 "raise --lambda1, or learn longer with --epochs or --steps."
             )
         return None
+
+    def _loss(self, losses: Sequence[float]) -> str | None:
+        """Of W0 under the mask: it starts as that of a mask by weight and activation, and a rate that suits it falls from there. One that
+        is ten times too high does not, and nothing diverges either: W0 stays what it is.
+        """
+        width = int(START * self.steps)
+        if not self.masked or width < ENOUGH or len(losses) != int(QUARTER * self.steps):
+            return None
+        start, now = fmean(losses[:width]), fmean(losses[-width:])
+        if now <= start:
+            return None
+        return (
+            f"The loss is {now:.3f} after a quarter of the steps and was {start:.3f} at the start, "
+            "so the mask is getting worse than the one it began with: lower --lr."
+        )

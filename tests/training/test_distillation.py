@@ -234,6 +234,20 @@ class Mute(nn.Module):
         return SimpleNamespace(logits=self.table(input_ids), hidden_states=self.states)
 
 
+class Deaf(Mute):
+    """Cannot even be asked for them, as the code of some models on the Hub."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:  # type: ignore[override]
+        return super().forward(input_ids, use_cache)
+
+
+def test_a_model_that_cannot_be_asked_for_hidden_states() -> None:
+    model, given = Deaf(None), batch()
+    with pytest.raises(ModelError, match=r"hidden states of every decoder block, got none from Deaf\. Use --layer-weight 0\."):
+        DistillationLoss(model, given.tokens[0], nothing)
+    assert DistillationLoss(model, given.tokens[0], nothing, layer_weight=0.0)(given).item() == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("states", [None, (), (torch.ones(2, 9, 16),)], ids=["none", "empty", "embeddings"])
 def test_a_model_that_tells_no_hidden_states(states: Any) -> None:
     model, given = Mute(states), batch()

@@ -204,6 +204,24 @@ def test_warnings_are_noted_and_recorded() -> None:
     assert "undecided with 2 of 20 steps left: raise --lambda1, or learn longer with --epochs or --steps." in notes.lines[-1]
 
 
+def test_a_rate_too_high_for_the_mask_is_told() -> None:
+    """The losses of the run itself reach the watch: climbing by a tenth a step, the mean of 1 to 5 against that of 21 to 25."""
+    model, notes = tiny(), Notes()
+    linears = linears_of(model)
+    optimizer = ProxAdamW([{"params": [(n, m.weight) for n, m in linears.items()]}], lambda1=0.0)
+    rows: list[Mapping[str, Any]] = []
+
+    def climbing(batch: Batch) -> Tensor:
+        out: Tensor = model(input_ids=batch.tokens, labels=batch.tokens).loss
+        return out - out.detach() + 1 + 0.1 * len(rows)
+
+    watch = MaskWatch(linears, {}, 100, masked=True)
+    learn(model, windows(4), optimizer, LoopConfig(lr=1e-4, steps=100), climbing, watch, record=rows.append, progress=notes)
+    assert [row["step"] for row in rows if "warnings" in row] == [25]
+    assert rows[24]["warnings"] == notes.lines
+    assert notes.lines[0].startswith("The loss is 3.200 after a quarter of the steps and was 1.200 at the start")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"steps": 0}, "expected steps >= 1, got 0"), ({"steps": 5, "epochs": 2}, r"expected --steps or --epochs, got both \(5 and 2\)")],

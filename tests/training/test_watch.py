@@ -10,6 +10,11 @@ from proxsparse_triton.training import watch
 from proxsparse_triton.training.watch import MaskWatch, Pace
 
 
+def after(pace: Pace, step: int, share: float) -> list[str]:
+    """What is said after that step (0-based), with losses that fall."""
+    return pace.warnings(share, [1.0 / (1 + i) for i in range(step + 1)])
+
+
 def test_shares_of_blocks_that_changed() -> None:
     linear = nn.Linear(8, 4, bias=False)
     with torch.no_grad():
@@ -81,19 +86,36 @@ def test_shares_are_of_each_layer() -> None:
     ],
 )
 def test_warnings_come_while_there_is_time(step: int, share: float, masked: bool, warned: str | None) -> None:
-    found = Pace(100, 10, masked).warning(step, share)
-    assert (found is None) == (warned is None)
-    assert found is None or (found.startswith(warned or "") and "--lambda1" in found)
+    found = after(Pace(100, 10, masked), step, share)
+    assert len(found) == (warned is not None)
+    assert all(text.startswith(warned or "") and "--lambda1" in text for text in found)
 
 
 @pytest.mark.parametrize(("steps", "last"), [(5, 4), (10, 8), (19, 17), (20, 17), (30, 26), (1000, 899)])
 def test_the_last_tenth_of_the_steps(steps: int, last: int) -> None:
     """One step speaks, whatever the number of them; the peak speaks too where a run has one."""
     pace = Pace(steps, 1, False)
-    assert [step for step in range(steps) if pace.warning(step, 0.2)] == [last]
-    assert [step for step in range(steps) if pace.warning(step, 0.8)] == [1]
-    assert [step for step in range(steps) if pace.warning(step, float("nan"))] == []
+    assert [step for step in range(steps) if after(pace, step, 0.2)] == [last]
+    assert [step for step in range(steps) if after(pace, step, 0.8)] == [1]
+    assert [step for step in range(steps) if after(pace, step, float("nan"))] == []
 
 
 def test_a_run_of_one_step() -> None:
-    assert Pace(1, 1, False).warning(0, 0.0) is not None
+    assert after(Pace(1, 1, False), 0, 0.0)
+
+
+def test_a_loss_that_rises_from_the_start() -> None:
+    """Five steps each: 1 to 5 against 21 to 25 of 100, said once."""
+    pace = Pace(100, 10, True)
+    losses = [2.0, 3.0, 2.0, 3.0, 2.0, *(15 * [9.0]), 2.6, 2.4, 2.5, 2.3, 2.3, *(75 * [9.0])]
+    heard = {count: pace.warnings(0.0, losses[:count]) for count in range(1, 101)}
+    assert {count: texts for count, texts in heard.items() if texts} == {
+        25: [
+            "The loss is 2.420 after a quarter of the steps and was 2.400 at the start, so the mask is getting worse than the one it "
+            "began with: lower --lr."
+        ]
+    }
+    assert pace.warnings(0.0, [*losses[:24], 2.2]) == []  # 2.400: no worse
+    assert Pace(100, 10, False).warnings(0.0, losses[:25]) == []  # the loss at learned weights starts as the dense model's
+    assert Pace(99, 10, True).warnings(0.0, losses[:24]) == []  # four texts say nothing
+    assert Pace(100, 24, True).warnings(0.9, losses[:25])[1].startswith("The loss is 2.420")  # beside another warning
