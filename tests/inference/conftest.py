@@ -1,4 +1,4 @@
-"""A pruned model, and layers of it."""
+"""A pruned model, its inputs, and devices that read each order of packed weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from proxsparse_triton import apply_masks, mask_24
+from proxsparse_triton.inference import blob
 from proxsparse_triton.models.loading import load_model
 from proxsparse_triton.models.selection import plan_layers
 from proxsparse_triton.models.source import resolve_model
@@ -35,3 +36,15 @@ def pruned(pruned_once: nn.Module) -> nn.Module:
 @pytest.fixture(scope="session")
 def ids() -> Tensor:
     return torch.randint(5, 4000, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["linear", "hopper", "ampere"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device whose library reads this order."""
+
+    def order_for(device: torch.device, dtype: torch.dtype, out: int, width: int) -> str:
+        rows, columns = {"hopper": (64, 32), "ampere": (32, 64)}.get(request.param, (1, 1))
+        return request.param if dtype != torch.float32 and out % rows == 0 and width % columns == 0 else "linear"
+
+    monkeypatch.setattr(blob, "order_for", order_for)
+    return request.param  # type: ignore[no-any-return]
