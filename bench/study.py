@@ -90,10 +90,10 @@ def main(samples: tuple[int, ...], seeds: int, only: tuple[str, ...], jobs: int,
     if commit is None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     fixed = {"commit": commit or "unknown", "date": str(datetime.date.today()), "jobs": jobs}
-    done = set()
+    done, name_of_model = set(), Path(protocol["model"]).name
     if output.exists():
         with output.open(newline="") as file:
-            done = {(row["case"], int(row["samples"]), int(row["seed"])) for row in csv.DictReader(file)}
+            done = {(row["case"], int(row["samples"]), int(row["seed"])) for row in csv.DictReader(file) if row["model"] == name_of_model}
     wanted = [
         (name, count, seed)
         for count in sorted(samples, reverse=True)

@@ -56,7 +56,7 @@ LENGTHS = {
     "half": {"wanda, windows half as long": "Wanda", "auto, windows half as long": "auto"},
     "twice": {"wanda, windows twice as long": "Wanda", "auto, windows twice as long": "auto"},
 }
-DRAWN = {"wanda": "Wanda", "paper": "as published", "sparsegpt": "SparseGPT", "auto": "auto", "auto, repair: both": "auto, repaired"}
+DRAWN = {"wanda": "Wanda", "paper": "published algorithm", "sparsegpt": "SparseGPT", "auto": "auto", "auto, repair: both": "auto, repaired"}
 
 
 def read(path: Path) -> Figures:

@@ -43,7 +43,8 @@ def compare(
 
     The folder also gets report.html, the page of `pst report`.
 
-    Raises: any ProxSparseError; the folder appears only when every method has finished.
+    Raises: any ProxSparseError; the folder appears only when every method has finished. Until the next comparison those that had are in
+    <output>.partial/<method>, and the one that failed left what it had in <output>.partial/<method>.partial.
     """
     check_output(config.output, overwrite=config.overwrite)
     if not methods or len(set(methods)) != len(methods):
@@ -64,9 +65,8 @@ def compare(
         return fresh
 
     rows = []
-    # A method that fails leaves its metrics in <output>.partial/<method>.partial.
-    unfinished = [f"{name}.partial" for name in methods]
-    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=unfinished) as out:
+    kept = [*methods, *(f"{name}.partial" for name in methods)]
+    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=kept) as out:
         for name, method in built.items():
             run = dataclasses.replace(config, method=name, output=out / name, settings=settings.get(name, {}))
             record = run_method(run, method, take_model, inputs, progress)
@@ -74,7 +74,7 @@ def compare(
             record = dataclasses.replace(record, folder=config.output / name)
             rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
         write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
-        write_report([out], out / "report.html")
+    write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
     return Comparison(inputs, tuple(rows))
 
 

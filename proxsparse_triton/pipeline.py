@@ -22,10 +22,11 @@ from .errors import ConfigError, DataError, ShortTextError
 from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_memory
 from .evaluation.perplexity import perplexity
 from .evaluation.restore import restore_test
-from .formats.dense import write_pruned_model
+from .formats.dense import check_parameters, write_pruned_model
 from .formats.folder import check_output, check_space, output_folder
 from .formats.manifest import write_manifest
 from .formats.masks import save_masks
+from .formats.shards import MASKS_NAME
 from .methods.base import Method, PruneResult, PruneTask, build_method
 from .methods.repair import Repair
 from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
@@ -130,8 +131,8 @@ class RunRecord:
 def prune(config: RunConfig, progress: Progress = SILENT) -> RunRecord:
     """Prune one model into `config.output`.
 
-    Raises: any ProxSparseError; then nothing is left under the output's name, and `<output>.partial/metrics.jsonl` holds the steps
-    that were taken before learning failed.
+    Raises: any ProxSparseError; then nothing is left under the output's name, `<output>.partial/metrics.jsonl` holds the steps that were
+    taken, and `<output>.partial/masks.safetensors` the masks where only what comes after them failed.
     """
     check_output(config.output, overwrite=config.overwrite)
     method = build_method(config.method, config.settings)
@@ -151,6 +152,12 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     calibration, evaluation = read_text(config, tokenizer, seqlen, needs_text, progress)
     model = load_model(source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
     plan = plan_layers(model, include=config.include, skip=config.skip)
+    check_parameters(source.weight_files, {f"{choice.name}.weight": choice.shape for choice in plan.choices if choice.selected})
+    for method in methods:
+        method.check(plan)
+    repair = config.repairing()
+    if repair is not None:
+        repair.check(plan)
     describe(plan, progress)
     dense = None if evaluation is None else perplexity(model, evaluation.tokens, progress=progress)
     return model, Inputs(source, calibration, evaluation, plan, dense)
@@ -237,28 +244,26 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
     is in memory.
     """
     size = sum(path.stat().st_size for path in inputs.source.weight_files)
-    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=[METRICS], needed=size) as out:
+    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=[METRICS, MASKS_NAME], needed=size) as out:
         with _metrics(out / METRICS) as record, explain_out_of_memory("prune", f"{config.method} on {config.place}", _ADVICE):
             windows = () if inputs.calibration is None else inputs.calibration.tokens
             task = PruneTask(take_model(), inputs.plan, windows, config.seed, config.memory, progress, record)
-            repair = config.repairing()
-            if repair is not None:
-                repair.check(task)
             reset_peak_memory(config.place)
             start = time.perf_counter()
             result = method.prune(task)
             del task
             gc.collect()
+            save_masks(out / MASKS_NAME, result.masks)
+            repair = config.repairing()
             if repair is not None:
-                task = PruneTask(_dense(config, inputs), inputs.plan, windows, config.seed, config.memory, progress)
-                result = repair.run(task, result)
+                task = PruneTask(_dense(config, inputs), inputs.plan, windows, config.seed, config.memory, progress, record)
+                result = repair.like(method).run(task, result)
                 del task
                 gc.collect()
             seconds = time.perf_counter() - start
             peak = peak_memory(config.place)
         entry = {"method": config.method, "pattern": "2:4", "original": config.model, "weights_updated": result.weights is not None}
         write_pruned_model(inputs.source.folder, inputs.source.weight_files, out, result.masks, weights=result.weights, config_entry=entry)
-        save_masks(out / "masks.safetensors", result.masks)
         pruned, restored = _measure_written(config, out, inputs, list(result.masks), progress)
         record_ = RunRecord(
             config.method,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from .methods.proxsparse import ProxSparse
 from .methods.repair import Repair
 from .models.checkpoint import one_line, stored_dtype
 from .models.loading import ModelSource, load_config, resolve_model
-from .models.selection import plan_layers
+from .models.selection import LayerPlan, plan_layers
 from .models.source import DEMO
 from .pipeline import RunConfig, checked_seqlen
 from .training import memory
@@ -44,13 +46,14 @@ GPUS = {
 }
 # Of the data sheet's TFLOP/s over forward and backward passes: Llama-2-7B and Qwen2.5-14B, bf16, H200. Small models reach less.
 UTILISATION = 0.46
+CONJUGATE_GRADIENTS = 8  # fp32 tensors of a layer that least squares holds at once
 BANDWIDTH = 0.8  # of the data sheet's TB/s in the optimiser's pass over the weights
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """items: bytes at the highest point of a step: weights, moments, pretrained (W0), residual, gradients, activations, logits, workspace;
-    with fine-tuning as repair its masks too.
+    with repair those of its own highest point, masks and hidden states included, where that is higher.
 
     steps, and seconds of all steps together: with those of fine-tuning. seconds: None where the GPU's speed is not known.
     """
@@ -93,18 +96,45 @@ def predict(
     """
     if batch_size is not None:
         settings = dataclasses.replace(settings, batch_size=batch_size)
+    asked = settings
     model = memory.meta_model(config, dtype, trust_remote_code=trust_remote_code)
-    pruned = [f"{name}.weight" for name in plan_layers(model, include=include, skip=skip).selected()]
+    layers = plan_layers(model, include=include, skip=skip)
+    pruned = [f"{name}.weight" for name in layers.selected()]
     weight_bits, moments = settings.precision(model)
-    checkpointing = settings.needs_checkpointing(model, pruned, seqlen, limit)
+    checkpointing = settings.needs_checkpointing(model, pruned, seqlen, limit, stored)
     settings = dataclasses.replace(settings, weight_bits=weight_bits, moments=moments, checkpointing=checkpointing)
     step = settings.memory_of_step(model, pruned, seqlen, checkpointing=checkpointing, stored=stored)
     steps = steps_of(samples, settings.loop_config(samples))
-    items = step.items
-    if repair is not None and (finetuning := repair.finetuning) is not None:
-        steps += steps_of(samples, finetuning.loop_config(samples))
-        items["masks"] = sum(model.get_parameter(name).numel() for name in pruned)
-    return MemoryPlan(items, _seconds(step, steps, dtype, device_name), steps, settings)
+    seconds, phases = _seconds(step, steps, dtype, device_name), [step.items]
+    if repair is not None and repair.kind != "finetune":
+        phases.append(_least_squares(model, layers, samples * seqlen, config))
+    if repair is not None and (loop := repair.like(asked).loop) is not None:
+        checkpointing = loop.needs_checkpointing(model, pruned, seqlen, limit, stored)
+        again = loop.memory_of_step(model, pruned, seqlen, checkpointing=checkpointing, stored=stored)
+        more = steps_of(samples, loop.loop_config(samples))
+        steps, seconds = steps + more, None if seconds is None else seconds + (_seconds(again, more, dtype, device_name) or 0.0)
+        phases.append({**again.items, "masks": sum(model.get_parameter(name).numel() for name in pruned)})
+    return MemoryPlan(max(phases, key=lambda items: sum(items.values())), seconds, steps, settings)
+
+
+def _least_squares(model: torch.nn.Module, layers: LayerPlan, tokens: int, config: Any) -> dict[str, int]:
+    """Of repair, block by block: the model twice, hidden states of all windows, and for each layer of a block its Hessian.
+
+    Args: tokens: of all calibration windows.
+    """
+    chosen = [choice for choice in layers.choices if choice.selected]
+    hessians: Counter[int | None] = Counter()
+    for choice in chosen:
+        hessians[choice.block] += 4 * choice.shape[1] ** 2
+    itemsize = next(model.parameters()).itemsize
+    width = getattr(config.get_text_config(), "hidden_size", None) or min(choice.shape[1] for choice in chosen)
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "pretrained": itemsize * sum(math.prod(choice.shape) for choice in chosen),
+        "hidden states": itemsize * tokens * width,
+        "Hessians": max(hessians.values()),
+        "workspace": CONJUGATE_GRADIENTS * 4 * max(math.prod(choice.shape) for choice in chosen),
+    }
 
 
 def _seconds(step: memory.StepMemory, steps: int, dtype: torch.dtype, device_name: str | None) -> float | None:

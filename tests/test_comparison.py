@@ -17,6 +17,8 @@ from proxsparse_triton.comparison import Comparison, agreement, compare
 from proxsparse_triton.errors import ConfigError, LearningError
 from proxsparse_triton.formats.verify import verify_folder
 from proxsparse_triton.methods.magnitude import Magnitude
+from proxsparse_triton.methods.wanda import Wanda
+from proxsparse_triton.models.selection import LayerPlan
 from proxsparse_triton.pipeline import RunConfig, prune
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path,
 
 def test_one_complete_run_folder_per_method(finished: tuple[Path, Comparison, list[bool]]) -> None:
     out, result, _ = finished
-    assert {path.name for path in out.iterdir()} == {*METHODS, "manifest.json", "report.html"}
+    assert {path.name for path in out.iterdir()} - {"report"} == {*METHODS, "manifest.json", "report.html"}  # report: pictures
     assert [path.name for path in out.parent.iterdir()] == ["table"]
     for row in result.rows:
         assert row.record.folder == out / row.record.method
@@ -162,20 +164,46 @@ def test_methods_once_each(methods: list[str], text: str, tmp_path: Path) -> Non
 
 
 def test_a_method_that_diverges_keeps_its_metrics(text: str, tmp_path: Path) -> None:
-    """No folder under the output's name, but the steps that were taken can be read."""
+    """No folder under the output's name, but the steps that were taken can be read, and what had finished is a run."""
     with pytest.raises(LearningError, match="at step 3 of 4"):
         compare(config(tmp_path / "run", text), ["magnitude", "proxsparse"], {"proxsparse": {"recipe": "paper", "lr": 1e30}})
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"run.partial/proxsparse.partial/metrics.jsonl"}
+    left = tmp_path / "run.partial"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    assert {path.name for path in left.iterdir()} == {"magnitude", "proxsparse.partial"}
+    assert [path.name for path in (left / "proxsparse.partial").iterdir()] == ["metrics.jsonl"]
+    assert verify_folder(left / "magnitude", original=ASSET).ok
     rows = (tmp_path / "run.partial" / "proxsparse.partial" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
 
 
-def test_a_method_that_fails_leaves_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_fails_leaves_the_comparison(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise OSError("no page today")
+
+    monkeypatch.setattr(comparison, "write_report", fails)
+    with pytest.raises(OSError, match="no page today"):
+        compare(config(tmp_path / "run", text), ["magnitude"], {})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"magnitude", "manifest.json"}
+
+
+def test_what_one_method_refuses_is_refused_before_the_others_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: Wanda, plan: LayerPlan) -> None:
+        raise ConfigError(f"wanda: expected other layers, got {plan.selected()[0]}. Leave it out.")
+
+    monkeypatch.setattr(Wanda, "check", refuses)
+    monkeypatch.setattr(Magnitude, "prune", lambda self, task: pytest.fail("work was done"))
+    with pytest.raises(ConfigError, match="wanda: expected other layers"):
+        compare(config(tmp_path / "run", text), ["magnitude", "wanda"], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_that_is_interrupted_leaves_those_before_it(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(self: Magnitude, task: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Magnitude, "prune", bug)
     with pytest.raises(KeyboardInterrupt):
         compare(config(tmp_path / "run", text), ["wanda", "magnitude"], {})
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    assert [path.name for path in (tmp_path / "run.partial").iterdir()] == ["wanda"]
+    assert verify_folder(tmp_path / "run.partial" / "wanda", original=ASSET).ok

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from proxsparse_triton import load_masks, pipeline
-from proxsparse_triton.errors import ConfigError, DataError
+from proxsparse_triton.errors import ConfigError, DataError, LearningError
 from proxsparse_triton.formats.verify import verify_folder
+from proxsparse_triton.methods.repair import Repair
 from proxsparse_triton.pipeline import RunConfig, prune
+from proxsparse_triton.report.reading import read_steps
 
 ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "proxsparse_triton" / "assets" / "pylm-2m"
@@ -98,6 +100,30 @@ def test_it_is_worth_it_and_can_be_repeated(text: str, tmp_path: Path) -> None:
     assert record.dense_perplexity < record.perplexity < 0.7 * plain
     prune(config(tmp_path / "again", text, "magnitude", repair="least-squares", **more))
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (record.folder / "model.safetensors").read_bytes()
+
+
+def test_a_repair_that_fails_leaves_the_masks(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning may have taken hours: what it found is kept."""
+
+    def fails(self: Repair, task: object, result: object) -> None:
+        raise LearningError("repair: expected luck, got none. Try again.")
+
+    monkeypatch.setattr(Repair, "run", fails)
+    with pytest.raises(LearningError, match="expected luck"):
+        prune(config(tmp_path / "run", text, "proxsparse", repair="both", include=FIRST))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    assert {path.name for path in (tmp_path / "run.partial").iterdir()} == {"metrics.jsonl", "masks.safetensors"}
+    assert len(load_masks(tmp_path / "run.partial")) == 7
+
+
+def test_steps_of_repair_are_no_steps_of_the_mask(text: str, tmp_path: Path) -> None:
+    settings: dict[str, object] = {"steps": 3, "batch_size": 2}
+    prune(config(tmp_path / "run", text, "proxsparse", settings=settings, repair="finetune", repair_steps=2, include=FIRST))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row.get("phase"), row["step"]) for row in rows] == [(None, 1), (None, 2), (None, 3), ("repair", 1), ("repair", 2)]
+    steps, problems = read_steps(tmp_path / "run" / "metrics.jsonl")
+    assert problems == []
+    assert [step for step, _ in steps.loss] == [1, 2, 3]
 
 
 def test_one_model_in_memory_at_a_time(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

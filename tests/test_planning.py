@@ -17,6 +17,7 @@ from proxsparse_triton.methods.proxsparse import ProxSparse
 from proxsparse_triton.pipeline import RunConfig
 from proxsparse_triton.planning import GPUS, MemoryPlan, plan_run, predict
 from proxsparse_triton.training import memory
+from proxsparse_triton.training.pretrained import compact, kept_dtype
 
 ASSET = Path(__file__).parents[1] / "proxsparse_triton" / "assets" / "pylm-2m"
 LLAMA_2_7B = LlamaConfig(
@@ -274,3 +275,31 @@ def test_the_package_plans_without_a_gpu(tmp_path: Path) -> None:
         assert plan_run(run(tmp_path, device="cuda")).memory is None
     assert plan_run(run(tmp_path, device="cuda", gpu_memory=24.0)).memory == 24 * 10**9
     assert planning.RunPlan(MemoryPlan({"weights": 96}, None, 1, ProxSparse()), 100).fits is False
+
+
+def test_repair_is_planned_with_the_settings_of_the_run(tmp_path: Path) -> None:
+    """What makes learning fit makes fine-tuning fit, and its least squares holds the hidden states of all windows."""
+    settings: dict[str, object] = {"moments": "int8", "clip_mode": "none", "batch_size": 4}
+    without = plan_run(run(tmp_path, settings=settings)).plan
+    tuned = plan_run(run(tmp_path, settings=settings, repair="finetune")).plan
+    assert tuned.steps == 2 * without.steps == 400
+    assert tuned.items["moments"] == without.items["moments"]
+    assert tuned.peak <= without.peak + tuned.items["masks"]
+    many = plan_run(run(tmp_path, samples=40_000, settings=settings, repair="least-squares")).plan
+    assert many.items["hidden states"] == 40_000 * 512 * 4 * 192
+    assert many.peak > without.peak
+
+
+@pytest.mark.parametrize(
+    ("learning", "stored", "kept"),
+    [
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float32),
+    ],
+)
+def test_w0_is_planned_as_it_is_kept(learning: torch.dtype, stored: torch.dtype, kept: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator).to(stored).to(learning)
+    assert compact(weight).dtype == kept_dtype(learning, stored) == kept

@@ -93,6 +93,20 @@ def write_pruned_model(
     write_config(out, config, entry)
 
 
+def check_parameters(weight_files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """What `write_pruned_model` would refuse after the work: parameters without a key of their own, other shapes, quantized weights.
+
+    Args: shapes: of the parameters to prune, by name.
+    Raises: ModelError, ShapeError.
+    """
+    advice = "This architecture stores its weights under other names than it runs with, in a way that is not known here: leave it out."
+    entries = [item for path in weight_files for item in file_layout("prune", path)]
+    resolve_names("prune", shapes, [item.name for item in entries], advice)
+    changes = _Changes([item.name for item in entries], {n: torch.empty(s, dtype=torch.bool, device="meta") for n, s in shapes.items()}, {})
+    for item in entries:
+        changes.check(item)
+
+
 class _Changes:
     """What happens to each key of the weight files: its mask, its new values, or nothing."""
 

@@ -202,7 +202,9 @@ def model_files(folder: Path) -> tuple[Path, ...]:
     return find_weight_files(folder, read_json_object(folder / "config.json"))
 
 
-def resolve_names(function: str, names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
+def resolve_names(
+    function: str, names: Iterable[str], keys: Iterable[str], advice: str = "Use the model that the masks were made for."
+) -> dict[str, str]:
     """For every parameter name its key in the files: the same, or the one key that differs by a leading prefix only.
 
     Base models are saved without the prefix that the language model puts before them: `h.0.mlp.c_fc.weight` in the file is
@@ -230,7 +232,7 @@ def resolve_names(function: str, names: Iterable[str], keys: Iterable[str]) -> d
     if unknown:
         raise ModelError(
             f"{function}: expected every masked parameter in the weight files, got {len(unknown)} without a key of their own: "
-            f"{', '.join(unknown[:3])}. Use the model that the masks were made for."
+            f"{', '.join(unknown[:3])}. {advice}"
         )
     return found
 

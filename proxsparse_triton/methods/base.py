@@ -42,14 +42,9 @@ class PruneTask:
         prefix = f"{self.plan.blocks}.{block}."
         return {name: linear for name, linear in self.linears().items() if name.startswith(prefix)}
 
-    def check_inside_blocks(self, method: str) -> None:
-        """ConfigError if a selected layer lies outside the decoder blocks, where methods that go block by block never come."""
-        outside = [choice.name for choice in self.plan.choices if choice.selected and choice.block is None]
-        if outside:
-            raise ConfigError(
-                f"{method}: expected layers inside the decoder blocks {self.plan.blocks}, got {outside[0]}. "
-                "Leave it out with --skip, or use --method magnitude or proxsparse."
-            )
+    def unseen(self, name: str) -> None:
+        """Notes that a layer's inputs say nothing about its weights: experts of a mixture that were never chosen."""
+        self.progress.note(f"{name}: no input other than zero reached it in the calibration text. It is pruned by magnitude.")
 
 
 @dataclass(frozen=True)
@@ -61,11 +56,27 @@ class PruneResult:
     summary: Mapping[str, object] = field(default_factory=dict)  # figures for the manifest: derived settings, final shares
 
 
+def check_inside_blocks(plan: LayerPlan, function: str, instead: str) -> None:
+    """ConfigError if a selected layer lies outside the decoder blocks, where what goes block by block never comes.
+
+    Args: function: who asks. instead: what would do it.
+    """
+    outside = [choice.name for choice in plan.choices if choice.selected and choice.block is None]
+    if outside:
+        raise ConfigError(
+            f"{function}: expected layers inside the decoder blocks {plan.blocks}, got {outside[0]}. "
+            f"Leave it out with --skip, or use {instead}."
+        )
+
+
 class Method(Protocol):
     """A frozen dataclass whose fields are the method's settings."""
 
     needs_calibration: ClassVar[bool]
     # Lambda, lr and the like come from the user: the constructor raises ConfigError for values that make no sense.
+
+    def check(self, plan: LayerPlan) -> None:
+        """ConfigError for layers that the method cannot prune; before any work, and once more by `prune`."""
 
     def prune(self, task: PruneTask) -> PruneResult: ...
 

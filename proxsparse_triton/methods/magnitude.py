@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..models.selection import LayerPlan
 from ..ops import mask_24
 from .base import PruneResult, PruneTask
 
@@ -24,6 +25,9 @@ def magnitude_mask(w: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Magnitude:
     needs_calibration: ClassVar[bool] = False
+
+    def check(self, plan: LayerPlan) -> None:
+        """Every layer will do."""
 
     def prune(self, task: PruneTask) -> PruneResult:
         return PruneResult({name: magnitude_mask(linear.weight) for name, linear in task.linears().items()})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
+from ..models.selection import LayerPlan
 from ..models.statistics import input_rms
 from ..ops import mask_24
 from ..optim.prox_adamw import ProxAdamW
@@ -22,7 +23,7 @@ from ..sparsity import BLOCK
 from ..training import memory
 from ..training.loop import LoopConfig, learn, steps_of
 from ..training.objective import Objective
-from ..training.pretrained import mask_scores
+from ..training.pretrained import compact, kept_dtype, mask_scores
 from ..training.watch import MaskWatch
 from .base import PruneResult, PruneTask
 from .recipes import PROX_SCALES, recipe
@@ -30,6 +31,7 @@ from .recipes import PROX_SCALES, recipe
 Moments = Literal["float32", "bfloat16", "int8"]
 ClipMode = Literal["total", "loss", "none"]
 
+ROWS = 256  # of a layer, which show whether the weights fit into bf16
 STATISTIC_WINDOWS = 128  # whose inputs are looked at for the column scales
 
 
@@ -155,12 +157,13 @@ class ProxSparse:
 
         Args:
             pruned: parameter names of the weights to prune.
-            stored: dtype of the weights in their file; W0 is kept in bf16 where that loses nothing. None: the model's.
+            stored: dtype of the weights in their file, see `kept_dtype`. None: the model's.
         Raises: ModelError: the step cannot be counted. ConfigError: no activation checkpointing in this model.
         """
         weight_bits, moments = self.precision(model)
         objective = self.objective
-        pretrained = (stored or next(model.parameters()).dtype) if self.lambda2 > 0 or objective.keeps_pretrained else None
+        dtype = next(model.parameters()).dtype
+        pretrained = kept_dtype(dtype, stored or dtype) if self.lambda2 > 0 or objective.keeps_pretrained else None
         linears = {name: cast(nn.Linear, model.get_submodule(name.removesuffix(".weight"))) for name in pruned}
         with objective.trainable(model, linears):
             kept = memory.resident(model, pruned, memory.Storage(weight_bits, moments, pretrained))
@@ -175,16 +178,18 @@ class ProxSparse:
         )
         return memory.StepMemory(kept, step)
 
-    def needs_checkpointing(self, model: nn.Module, pruned: Collection[str], seqlen: int, limit: int | None) -> bool:
+    def needs_checkpointing(
+        self, model: nn.Module, pruned: Collection[str], seqlen: int, limit: int | None, stored: torch.dtype | None = None
+    ) -> bool:
         """Whether a step keeps within `limit` bytes (None: no limit) only with activation checkpointing, which costs a third more time.
 
-        Args: model: a `memory.meta_model`.
+        Args: model: a `memory.meta_model`. stored: see `memory_of_step`.
         """
         if self.checkpointing is not None:
             return self.checkpointing
         if limit is None or not memory.supports_checkpointing(model):
             return False
-        return not memory.fits(self.memory_of_step(model, pruned, seqlen, checkpointing=False).peak, limit)
+        return not memory.fits(self.memory_of_step(model, pruned, seqlen, checkpointing=False, stored=stored).peak, limit)
 
     def checkpoints(self, task: PruneTask) -> bool:
         """`needs_checkpointing` of a real model; where its steps cannot be counted, the careful answer."""
@@ -197,7 +202,8 @@ class ProxSparse:
         seqlen = max(len(window) for window in task.windows)
         try:
             twin = memory.meta_model(task.model.config, next(task.model.parameters()).dtype, kind=type(task.model))
-            return self.needs_checkpointing(twin, list(task.linears()), seqlen, limit)
+            some = next(iter(task.linears().values())).weight[:ROWS]
+            return self.needs_checkpointing(twin, list(task.linears()), seqlen, limit, compact(some).dtype)
         except ModelError:
             return True
 
@@ -253,12 +259,17 @@ class ProxSparse:
         scales = input_rms(task.model, linears, task.windows[:STATISTIC_WINDOWS])
         dead = [name for name, scale in scales.items() if not (scale > 0).any()]
         for name in dead:
-            task.progress.note(f"{name}: expected inputs that are not all zero, got only zeros. Its mask is learned without activations.")
+            task.progress.note(
+                f"{name}: no input other than zero reached it in the calibration text. Its mask is learned without activations."
+            )
         return {
             name: scale * (rms({name: linears[name]}) / (root_mean_square(linears[name].weight.detach().float() * scale) or 1.0))
             for name, scale in scales.items()
             if name not in dead
         }
+
+    def check(self, plan: LayerPlan) -> None:
+        """Every layer will do."""
 
     def prune(self, task: PruneTask) -> PruneResult:
         linears = task.linears()

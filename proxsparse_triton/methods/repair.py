@@ -7,35 +7,41 @@ model, end to end. Pruned weights stay exactly zero in both.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.layerwise import BlockWalker
-from ..models.selection import decoder_blocks
+from ..models.selection import LayerPlan, decoder_blocks
 from ..models.statistics import Hessian, observe
 from ..training.loop import learn, steps_of
-from ..training.objective import Objective
-from .base import PruneResult, PruneTask
+from .base import PruneResult, PruneTask, check_inside_blocks
 from .proxsparse import ProxSparse, rms
 
 Kind = Literal["both", "least-squares", "finetune"]
 KINDS = ("both", "least-squares", "finetune")
 DAMPENING = 0.01  # of the mean diagonal of the Hessian, towards the weights as they are
 ITERATIONS = 60  # of conjugate gradients, preconditioned by the diagonal
+# What fine-tuning takes over from the run that learned the mask: how it stores and computes, and what it measures by.
+SHARED = ("batch_size", "warmup", "clip", "clip_mode", "weight_bits", "moments", "cuda_graph", "checkpointing")
+DISTANCE = ("temperature", "layer_weight")
 TRAVEL = 2.0  # lr * steps / sigma of 400 steps of fine-tuning, see `Recipe`: of a mask it is 5
 
 
 @dataclass(frozen=True)
 class Repair:
-    """kind: which of the two, least squares first. steps: of fine-tuning; None: as many passes as the auto recipe takes."""
+    """kind: which of the two, least squares first. steps: of fine-tuning; None: as many passes as the auto recipe takes. finetuning:
+    settings of its loop; the learning rate follows from the weights.
+    """
 
     kind: Kind = "both"
     steps: int | None = None
     dampening: float = DAMPENING
+    finetuning: ProxSparse = field(default_factory=lambda: ProxSparse(forward="learned", lambda1=0.0))
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -45,26 +51,29 @@ class Repair:
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"repair: expected --repair-steps of at least 1, got {self.steps}. Choose another value.")
 
-    @property
-    def finetuning(self) -> ProxSparse | None:
-        """The settings of the learning loop; None without fine-tuning."""
-        return None if self.kind == "least-squares" else ProxSparse(forward="learned", lambda1=0.0, steps=self.steps)
+    def like(self, method: object) -> Repair:
+        """With the batches, storage and distance of the method that made the mask, where that learns too."""
+        if not isinstance(method, ProxSparse):
+            return self
+        names = (*SHARED, *DISTANCE) if method.objective.loss == "kl" else SHARED
+        return replace(self, finetuning=replace(self.finetuning, **{name: getattr(method, name) for name in names}))
 
-    def check(self, task: PruneTask) -> None:
+    @property
+    def loop(self) -> ProxSparse | None:
+        """The settings of fine-tuning; None without."""
+        return None if self.kind == "least-squares" else replace(self.finetuning, steps=self.steps)
+
+    def check(self, plan: LayerPlan) -> None:
         """Before any work. ConfigError: least squares, which goes block by block, for a layer outside of the blocks."""
-        outside = [choice.name for choice in task.plan.choices if choice.selected and choice.block is None]
-        if self.kind != "finetune" and outside:
-            raise ConfigError(
-                f"repair: expected layers inside the decoder blocks {task.plan.blocks}, got {outside[0]}. "
-                "Leave it out with --skip, or use --repair finetune, which is not block by block."
-            )
+        if self.kind != "finetune":
+            check_inside_blocks(plan, "repair", "--repair finetune, which is not block by block")
 
     def run(self, task: PruneTask, result: PruneResult) -> PruneResult:
         """`result` with the kept weights repaired.
 
         Args: task: with the dense model, which is changed. result: masks and, where the method has changed them, weights to start from.
         """
-        self.check(task)
+        self.check(task.plan)
         summary: dict[str, object] = {"kind": self.kind}
         original = {name: linear.weight.detach().clone() for name, linear in task.linears().items()}
         for name, linear in task.linears().items():
@@ -73,8 +82,8 @@ class Repair:
             linear.weight.data = start.masked_fill(~mask, 0.0)
         if self.kind != "finetune":
             least_squares(task, original, result.masks, self.dampening)
-        if self.finetuning is not None:
-            summary |= finetune(task, original, result.masks, self.finetuning)
+        if self.loop is not None:
+            summary |= finetune(task, original, result.masks, self.loop)
         weights = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in task.linears().items()}
         return replace(result, weights=weights, summary={**result.summary, "repair": summary})
 
@@ -141,7 +150,13 @@ def finetune(task: PruneTask, original: dict[str, Tensor], masks: Mapping[str, T
     for name, linear in linears.items():
         linear.weight.data = original[name]
     window = task.windows[0].to(next(task.model.parameters()).device)
-    with Objective("kl", "learned", "pruned").of(task.model, linears, window) as prepared:
+    losses: list[float] = []
+
+    def record(row: Mapping[str, object]) -> None:
+        losses.append(float(cast(float, row["loss"])))
+        task.record({"phase": "repair", **row})
+
+    with settings.objective.of(task.model, linears, window) as prepared:
         original.clear()
         hooks = []
         for name, linear in linears.items():
@@ -150,9 +165,11 @@ def finetune(task: PruneTask, original: dict[str, Tensor], masks: Mapping[str, T
             hooks.append(linear.weight.register_hook(lambda grad, mask=mask: grad.masked_fill(~mask, 0.0)))
         optimizer = replace(settings, lr=lr).optimizer(task.model, linears, count, seed=task.seed)
         task.progress.note(f"repair: {count} steps of fine-tuning, lr {lr:.4g}")
+        fixed = {"seed": task.seed, "progress": task.progress, "record": record}
         try:
-            learn(task.model, task.windows, optimizer, replace(config, lr=lr), prepared.loss, seed=task.seed, progress=task.progress)
+            learn(task.model, task.windows, optimizer, replace(config, lr=lr), prepared.loss, **fixed)  # type: ignore[arg-type]
         finally:
             for hook in hooks:
                 hook.remove()
-    return {"steps": count, "lr": lr}
+    few = max(1, count // 10)
+    return {"steps": count, "lr": lr, "loss_first_tenth": fmean(losses[:few]), "loss_last_tenth": fmean(losses[-few:])}

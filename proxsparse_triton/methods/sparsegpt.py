@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, LearningError
 from ..models.layerwise import BlockWalker
-from ..models.selection import decoder_blocks
+from ..models.selection import LayerPlan, decoder_blocks
 from ..models.statistics import Hessian, observe
 from ..ops import mask_24
 from ..sparsity import BLOCK
-from .base import PruneResult, PruneTask
+from .base import PruneResult, PruneTask, check_inside_blocks
+from .magnitude import magnitude_mask
 
 _ATTEMPTS = 4
 
@@ -94,8 +95,11 @@ class SparseGPT:
         if self.column_block < BLOCK or self.column_block % BLOCK:
             raise ConfigError(f"sparsegpt: expected column_block divisible by {BLOCK}, got {self.column_block}. The usual value is 128.")
 
+    def check(self, plan: LayerPlan) -> None:
+        check_inside_blocks(plan, "sparsegpt", "--method magnitude or proxsparse")
+
     def prune(self, task: PruneTask) -> PruneResult:
-        task.check_inside_blocks("sparsegpt")
+        self.check(task.plan)
         _, blocks = decoder_blocks(task.model)
         walker = BlockWalker(task.model, blocks, task.windows)
         masks: dict[str, Tensor] = {}
@@ -107,15 +111,21 @@ class SparseGPT:
                 with observe(linears, hessians):
                     walker.forward(index)
                 for name, linear in linears.items():
-                    updated, mask = sparsegpt_24(
-                        linear.weight, hessians.pop(name).value(), dampening=self.dampening, column_block=self.column_block
-                    )
+                    updated, mask = self._pruned(task, name, linear.weight, hessians.pop(name).value())
                     kept = linear.weight.masked_fill(~mask, 0.0) if self.mask_only else updated.to(linear.weight.dtype)
                     with torch.no_grad():
                         linear.weight.copy_(kept)
                     masks[name], weights[name] = mask.cpu(), linear.weight.detach().to("cpu", copy=True)
                 bar.advance()
         return PruneResult(masks, None if self.mask_only else weights)
+
+    def _pruned(self, task: PruneTask, name: str, w: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and mask. Without inputs every column would be dead, and the layer zero."""
+        if hessian.diagonal().any():
+            return sparsegpt_24(w, hessian, dampening=self.dampening, column_block=self.column_block)
+        task.unseen(name)
+        mask = magnitude_mask(w).to(w.device)
+        return w.detach().masked_fill(~mask, 0.0), mask
 
 
 METHOD = SparseGPT

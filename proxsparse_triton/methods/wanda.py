@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..models.layerwise import BlockWalker
-from ..models.selection import decoder_blocks
+from ..models.selection import LayerPlan, decoder_blocks
 from ..models.statistics import InputNorm, observe
 from ..ops import mask_24
-from .base import PruneResult, PruneTask
+from .base import PruneResult, PruneTask, check_inside_blocks
+from .magnitude import magnitude_mask
 
 
 def wanda_scores(w: Tensor, input_norm: Tensor) -> Tensor:
@@ -27,8 +28,11 @@ def wanda_scores(w: Tensor, input_norm: Tensor) -> Tensor:
 class Wanda:
     needs_calibration: ClassVar[bool] = True
 
+    def check(self, plan: LayerPlan) -> None:
+        check_inside_blocks(plan, "wanda", "--method magnitude or proxsparse")
+
     def prune(self, task: PruneTask) -> PruneResult:
-        task.check_inside_blocks("wanda")
+        self.check(task.plan)
         _, blocks = decoder_blocks(task.model)
         walker = BlockWalker(task.model, blocks, task.windows)
         masks: dict[str, Tensor] = {}
@@ -39,10 +43,14 @@ class Wanda:
                 with observe(linears, norms):
                     walker.forward(index)
                 for name, linear in linears.items():
-                    mask = mask_24(wanda_scores(linear.weight, norms[name].value()))
+                    norm = norms[name].value()
+                    if norm.any():
+                        masks[name] = mask_24(wanda_scores(linear.weight, norm)).cpu()
+                    else:
+                        task.unseen(name)
+                        masks[name] = magnitude_mask(linear.weight)
                     with torch.no_grad():
-                        linear.weight.masked_fill_(~mask, 0.0)
-                    masks[name] = mask.cpu()
+                        linear.weight.masked_fill_(~masks[name].to(linear.weight.device), 0.0)
                 bar.advance()
         return PruneResult(masks)
 

@@ -48,7 +48,7 @@ def write_report(folders: Sequence[Path], output: Path, *, pictures: bool = True
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
     folder = output.with_suffix("")
     if pictures and not png.installed():
-        notes.append(f"No PNG pictures: matplotlib is not installed. Install it with pip install '{TOOL}[report]'.")
+        notes.append(f"No PNG pictures: matplotlib cannot be imported. Install it with pip install '{TOOL}[report]'.")
         pictures = False
     if pictures:
         png.check_folder(folder, charts)

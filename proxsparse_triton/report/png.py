@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,13 @@ DPI = 150
 
 
 def installed() -> bool:
+    """False also where it is there and broken: a page without pictures is better than none."""
     try:
-        return importlib.util.find_spec("matplotlib") is not None
-    except ValueError:  # a module that was taken out by hand
+        for name in ("matplotlib", "matplotlib.figure"):
+            importlib.import_module(name)
+    except Exception:
         return False
+    return True
 
 
 def check_folder(folder: Path, charts: Sequence[Chart]) -> None:

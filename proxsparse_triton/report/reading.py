@@ -232,7 +232,8 @@ def read_steps(path: Path) -> tuple[Steps, list[str]]:
             for last, line in enumerate(file, start=1):
                 row = _row(line)
                 if row is not None:
-                    _add(steps, row)
+                    if row.get("phase") != "repair":  # steps of their own, after those of the mask
+                        _add(steps, row)
                 elif line.strip():
                     broken.append(last)
     except FileNotFoundError:

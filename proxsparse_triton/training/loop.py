@@ -86,11 +86,11 @@ def learn(
     device = next(model.parameters()).device
     steps = steps_of(len(windows), config)
     loss_of = loss_of or NextTokenLoss(model, windows[0].to(device))
+    losses: list[float] = []
     pace = None if watch is None else Pace(steps, round_up(config.warmup * steps), watch.masked)
     peaks = [group["lr"] if config.lr is None else config.lr for group in optimizer.param_groups]
     typical = median([peak for peak, group in zip(peaks, optimizer.param_groups, strict=True) if group["prox"]] or peaks)
     passes = Passes(loss_of, [p for p in model.parameters() if p.requires_grad], capture=device.type == "cuda" and config.capturable)
-    losses: list[float] = []
     torch.manual_seed(seed)
     model.train()
     with (
@@ -113,15 +113,12 @@ def learn(
             values, layers, changes = _figures(loss, optimizer, watch if look else None)
             _check_finite(step, steps, values, model, optimizer)
             optimizer.zero_grad(set_to_none=True)
-            row: dict[str, object] = {"step": step + 1, **values, "lr": typical * factor, "layers": layers}
-            if look:
-                row["mask_changes"] = changes
+            seen = {"mask_changes": changes} if look else {}
+            row: dict[str, object] = {"step": step + 1, **values, "lr": typical * factor, "layers": layers, **seen}
             losses.append(values["loss"])
-            warnings = [] if pace is None else pace.warnings(values["share_24"], losses)
-            if warnings:
+            if pace is not None and (warnings := pace.warnings(values["share_24"], losses)):
                 row["warnings"] = warnings
-            for warning in warnings:
-                progress.note(warning)
+                progress.note("\n".join(warnings))
             record(row)
             bar.advance(loss=f"{values['loss']:.3f}", sparse=f"{100 * values['share_24']:.1f}%")
     model.eval()
@@ -142,7 +139,8 @@ def _figures(loss: Tensor, optimizer: ProxAdamW, watch: MaskWatch | None) -> tup
 
 
 def _complete_gradients(optimizer: ProxAdamW) -> None:
-    """Zeros for weights that the loss did not reach (experts without a token): penalty, prox and shares are of all layers, always."""
+    """Zeros for weights that the loss did not reach (experts without a token): penalty, prox and shares are of all layers. Not where
+    gradients are released: there nothing calls the step of a weight without one."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["prox"] else ():
             if parameter.grad is None and parameter.requires_grad:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, ProxSparseError
 from ..models.checkpoint import one_line
 from ..step import MOMENT_GROUP
 from .batches import Batch
@@ -191,7 +191,9 @@ def trace_step(
             handles += [p.register_post_accumulate_grad_hook(lambda p: ledger.gradient(p, release)) for p in learning]
             with ledger:
                 prepared.loss(Batch(tokens, None)).backward()
-    except (RuntimeError, NotImplementedError) as error:
+    except ProxSparseError:
+        raise
+    except Exception as error:  # whatever a model's code raises where tensors have no values
         raise ModelError(
             f"plan: expected a model whose steps can be counted without its weights, got {one_line(error)}. {NOT_COUNTED}"
         ) from error

@@ -89,6 +89,11 @@ def compact(weight: Tensor) -> Tensor:
     return low if lossless else weight.clone()
 
 
+def kept_dtype(learning: torch.dtype, stored: torch.dtype) -> torch.dtype:
+    """That of `compact` for weights which were stored in one dtype and learn in another: fp16 values do not fit into bf16."""
+    return torch.bfloat16 if torch.bfloat16 in (learning, stored) else learning
+
+
 def mask_scores(w: Tensor, scale: Tensor | None) -> Tensor:
     """|c w|, fp32 (fp64 for fp64), as `masked_weight_24` compares them: the mask that the loss saw is `mask_24` of these."""
     scores = w.detach().abs().to(torch.promote_types(w.dtype, torch.float32))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from proxsparse_triton.errors import ConfigError, ModelError, OutputError, ShapeError
 from proxsparse_triton.formats import dense as dense_module
-from proxsparse_triton.formats.dense import write_pruned_model
+from proxsparse_triton.formats.dense import check_parameters, write_pruned_model
 from proxsparse_triton.formats.folder import output_folder
 from proxsparse_triton.formats.masks import apply_masks, save_masks
 from proxsparse_triton.formats.shards import model_files, read_header, write_safetensors
@@ -362,6 +362,27 @@ class TestRefusals:
             prune(folder, tmp_path / "out", masks, weights=weights)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out" / "config.json").exists()
+
+    @pytest.mark.parametrize(
+        ("tensors", "shapes", "error", "message"),
+        [
+            (
+                {"a.w": W},
+                {"b.w": (2, 8)},
+                ModelError,
+                r"prune: expected .* got 1 without a key of their own: b\.w\. This arch",
+            ),
+            ({"w": W}, {"w": (8, 2)}, ShapeError, r"mask of w in the stored shape \(2, 8\), got \(8, 2\)"),
+            ({"w": W.to(torch.float8_e4m3fn)}, {"w": (2, 8)}, ModelError, "at least 16 bits, got F8_E4M3 in w. Dequantize"),
+        ],
+    )
+    def test_before_the_work(
+        self, tmp_path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], error: type[Exception], message: str
+    ) -> None:
+        files = model_files(tiny(tmp_path / "in", tensors))
+        with pytest.raises(error, match=message):
+            check_parameters(files, shapes)
+        check_parameters(files, {})
 
     def test_bad_configs_and_entries(self, tmp_path: Path) -> None:
         folder = tiny(tmp_path / "in", {"w": W}, config="{")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods.tiny import Notes
+from methods.tiny import task as tiny_task
 from torch import nn
 
-from proxsparse_triton import methods
+from proxsparse_triton import methods as package
 from proxsparse_triton.errors import ConfigError
 from proxsparse_triton.methods.base import PruneTask, build_method, method_class, method_names
+from proxsparse_triton.methods.magnitude import magnitude_mask
 from proxsparse_triton.methods.proxsparse import ProxSparse
 from proxsparse_triton.methods.sparsegpt import SparseGPT
 from proxsparse_triton.models.selection import LayerChoice, LayerPlan
@@ -24,12 +27,16 @@ from typing import ClassVar
 import torch
 
 from proxsparse_triton.methods.base import PruneResult, PruneTask
+from proxsparse_triton.models.selection import LayerPlan
 
 
 @dataclass(frozen=True)
 class LastTwo:
     extra: float = 1.0
     needs_calibration: ClassVar[bool] = False
+
+    def check(self, plan: LayerPlan) -> None:
+        pass
 
     def prune(self, task: PruneTask) -> PruneResult:
         pattern = torch.tensor([False, False, True, True])
@@ -41,14 +48,14 @@ METHOD = LastTwo
 
 
 def test_names_are_the_files_of_the_folder() -> None:
-    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base", "presets", "recipes", "repair"}
+    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__", "base", "presets", "recipes", "repair"}
     assert method_names() == sorted(files)
     assert set(method_names()) >= {"magnitude", "wanda", "sparsegpt", "proxsparse"}
 
 
 def test_a_new_method_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "last_two.py").write_text(NEW_METHOD)
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     assert "last_two" in method_names()
     method = build_method("last_two", {"extra": 2.0})
     model = nn.Sequential(nn.ModuleList([nn.Linear(8, 3)]))
@@ -107,3 +114,19 @@ def test_layers_outside_the_blocks_are_refused_by_block_wise_methods() -> None:
     for name in ("wanda", "sparsegpt"):
         with pytest.raises(ConfigError, match=f"{name}: expected layers inside the decoder blocks 0, got head"):
             build_method(name, {}).prune(task)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_layer_that_no_token_reached_is_pruned_by_magnitude(method: str, device: str) -> None:
+    """As an expert that was never chosen: zeros or the first two of each block would be no better than chance."""
+    notes = Notes()
+    given = tiny_task(device, progress=notes)
+    given.model.model.layers[1].post_attention_layernorm.weight.data.zero_()  # type: ignore[union-attr, index]
+    unseen = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    before = {name: given.model.get_parameter(name).detach().clone() for name in unseen}
+    result = build_method(method, {}).prune(given)
+    assert [line.split(": ")[0] for line in notes.lines if line.endswith("It is pruned by magnitude.")] == unseen
+    for name in unseen:
+        assert torch.equal(result.masks[name], magnitude_mask(before[name]))
+        if result.weights is not None:
+            assert torch.equal(result.weights[name], (before[name].cpu() * result.masks[name]).to(before[name].dtype))

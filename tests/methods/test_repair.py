@@ -119,7 +119,9 @@ def test_what_is_said() -> None:
     for name, linear in given.linears().items():
         linear.weight.data *= result.masks[name]
     lr = 2 * (STEPS / 400) ** 0.5 * rms(given.linears()) / STEPS
+    first, last = (said["finetune"].pop(f"loss_{which}_tenth") for which in ("first", "last"))
     assert said["finetune"] == {"kind": "finetune", "steps": STEPS, "lr": pytest.approx(lr, rel=1e-6)}
+    assert 0 < last < first
     assert said["both"]["steps"] == STEPS
     assert [line.split(",")[0] for line in notes.lines] == [f"repair: {STEPS} steps of fine-tuning"] * 2
     # as many passes as the auto recipe takes, where nothing is asked for
@@ -137,6 +139,7 @@ def learning_starts_from(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["learns"] = [name for name, p in model.named_parameters() if p.requires_grad]
         seen["groups"] = [(group["lambda1"], group["lr"]) for group in optimizer.param_groups]
         seen["loss"] = float(loss(Batch(windows[0][None], None).to(next(model.parameters()).device)).detach())
+        options["record"]({"step": 1, "loss": seen["loss"]})
 
     monkeypatch.setattr(repair, "learn", learn)
     return seen
@@ -279,8 +282,8 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 def test_what_least_squares_cannot_reach_is_said_before_any_work(device: str) -> None:
     given = task(device, include=["lm_head", "mlp"])
     with pytest.raises(ConfigError, match=r"expected layers inside the decoder blocks model\.layers, got lm_head.*--repair finetune"):
-        Repair("both").check(given)
-    Repair("finetune").check(given)
+        Repair("both").check(given.plan)
+    Repair("finetune").check(given.plan)
 
 
 def test_fine_tuning_keeps_within_the_memory_of_the_run(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,3 +302,48 @@ def test_fine_tuning_keeps_within_the_memory_of_the_run(device: str, monkeypatch
     assert seen[-1] is True
     if device == "cpu":
         assert seen == [False, True]
+
+
+LEARNED = ProxSparse(
+    batch_size=2,
+    moments="int8",
+    clip_mode="none",
+    cuda_graph=False,
+    checkpointing=True,
+    layer_weight=0.5,
+    temperature=2.0,
+    lambda1=0.3,
+    lr=1.0,
+)
+
+
+def test_fine_tuning_computes_as_the_run_that_learned_the_mask() -> None:
+    """Batches, storage and distance are the run's; what makes a mask of it (prox, rate, forward) is not."""
+    settings = Repair("both", 5).like(LEARNED).loop
+    assert settings == ProxSparse(
+        forward="learned",
+        lambda1=0.0,
+        steps=5,
+        **{name: getattr(LEARNED, name) for name in ("batch_size", "moments", "clip_mode", "cuda_graph", "checkpointing")},
+        layer_weight=0.5,
+        temperature=2.0,
+    )
+    plain = Repair().like(ProxSparse(loss="ce", recipe="paper", batch_size=3)).loop
+    assert plain == ProxSparse(forward="learned", lambda1=0.0, batch_size=3)  # cross-entropy has no distance to hand on
+    assert Repair().like(Magnitude()).loop == ProxSparse(forward="learned", lambda1=0.0)
+    assert Repair("least-squares").like(LEARNED).loop is None
+
+
+def test_steps_with_the_settings_of_the_run(device: str) -> None:
+    """Gradients that are freed once they are used, two windows a step; every step is a row of its own."""
+    rows: list[Any] = []
+    given = replace(trained_task(device), record=rows.append)
+    result = Magnitude().prune(trained_task(device))
+    learned = replace(LEARNED, moments="float32", cuda_graph=True, checkpointing=None)
+    repaired = Repair("finetune", 6).like(learned).run(given, result)
+    assert [(row["phase"], row["step"]) for row in rows] == [("repair", step) for step in range(1, 7)]
+    for name, w in weights_of(repaired).items():
+        assert not w[~result.masks[name]].any()
+    summary = cast("dict[str, Any]", repaired.summary["repair"])
+    assert summary["loss_first_tenth"] == rows[0]["loss"]
+    assert summary["loss_last_tenth"] == rows[-1]["loss"]

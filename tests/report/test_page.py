@@ -294,6 +294,6 @@ def test_without_matplotlib_there_is_the_page_and_a_note(tmp_path: Path, monkeyp
     run = write_run(tmp_path / "run", manifest(), rows())
     report = write_report([run], run / "report.html")
     assert report.pictures == ()
-    assert report.notes == ("No PNG pictures: matplotlib is not installed. Install it with pip install 'proxsparse-triton[report]'.",)
+    assert report.notes == ("No PNG pictures: matplotlib cannot be imported. Install it with pip install 'proxsparse-triton[report]'.",)
     assert report.page.exists()
     assert not (run / "report").exists()

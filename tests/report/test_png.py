@@ -48,6 +48,16 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
         png.check_folder(tmp_path / "report", [])
 
 
+def test_installed_and_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an update of numpy: it is found, and its import fails."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('built against another numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert not png.installed()
+
+
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not png.installed()

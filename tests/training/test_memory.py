@@ -265,6 +265,18 @@ def test_attention_of_its_own() -> None:
         meta_model(falcon, torch.bfloat16)
 
 
+@pytest.mark.parametrize("wrong", [RuntimeError, AttributeError, TypeError, IndexError])
+def test_whatever_a_model_raises_without_values(wrong: type[Exception]) -> None:
+    model = meta_model(config(), torch.bfloat16)
+
+    def stumble(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise wrong("no values")
+
+    model.model.norm.register_forward_pre_hook(stumble)
+    with pytest.raises(ModelError, match=r"whose steps can be counted without its weights, got \w+: no values\. Leave out --plan"):
+        trace_step(model, 1, 16, checkpoint=False, release=False)
+
+
 def test_a_step_that_depends_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     model = meta_model(config(), torch.bfloat16)
 
