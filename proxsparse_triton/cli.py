@@ -48,11 +48,17 @@ class _Group(click.Group):
         except ProxSparseError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"pst: {' '.join(str(error).split())}", err=True)
+            click.echo(f"pst: {' '.join([*str(error).split(), *_notes(error)])}", err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("pst: interrupted; nothing half-written was left under the output's name", err=True)
+        except KeyboardInterrupt as error:
+            said = ["interrupted; nothing half-written was left under the output's name", *_notes(error)]
+            click.echo(f"pst: {'. '.join(said)}", err=True)
             sys.exit(130)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added on its way up: where that which was done is kept."""
+    return getattr(error, "__notes__", [])
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,11 +13,12 @@ from torch import nn
 
 from .errors import ConfigError, ModelError, OutputError
 from .formats.dense import write_pruned_model
-from .formats.folder import check_output, check_space, output_folder
+from .formats.folder import FILES, check_output, check_space, output_folder
 from .formats.manifest import PARAMETERS, WEIGHTS_UPDATED, write_manifest
 from .formats.masks import save_masks
-from .formats.packed import FILES, WEIGHT, PackedModel, file_records, read_packed, write_packed_model
+from .formats.packed import WEIGHT, PackedModel, read_packed, write_packed_model
 from .formats.pruned import PrunedFolder
+from .formats.records import file_records
 from .formats.shards import resolve_names
 from .models.checkpoint import listed, one_line
 from .models.loading import ModelSource, checked_device, checked_dtype, file_hashes, load_config, load_whole, resolve_model

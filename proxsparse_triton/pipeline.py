@@ -23,9 +23,10 @@ from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_me
 from .evaluation.perplexity import perplexity
 from .evaluation.restore import restore_test
 from .formats.dense import check_parameters, write_pruned_model
-from .formats.folder import check_output, check_space, output_folder
+from .formats.folder import FILES, check_output, check_space, output_folder
 from .formats.manifest import write_manifest
 from .formats.masks import save_masks
+from .formats.records import file_records
 from .formats.shards import MASKS_NAME
 from .methods.base import Method, PruneResult, PruneTask, build_method
 from .methods.repair import Repair
@@ -276,7 +277,7 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
             {"settings": dataclasses.asdict(method), **result.summary, **restored},  # type: ignore[call-overload]
         )
         used = inputs if method.needs_calibration or config.repair is not None else dataclasses.replace(inputs, calibration=None)
-        write_manifest(out, _manifest(config, used, result, record_))
+        write_manifest(out, {**_manifest(config, used, result, record_), FILES: file_records(out)})
     return record_
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from proxsparse_triton.formats.dense import write_pruned_model
 from proxsparse_triton.formats.manifest import write_manifest
 from proxsparse_triton.formats.masks import save_masks
-from proxsparse_triton.formats.packed import file_records, write_packed_model
+from proxsparse_triton.formats.packed import write_packed_model
 from proxsparse_triton.formats.pruned import PrunedFolder
+from proxsparse_triton.formats.records import file_records
 from proxsparse_triton.formats.shards import model_files
 from proxsparse_triton.ops import mask_24
 

@@ -80,6 +80,10 @@ def test_after_every_method(method: str, kind: str, text: str, tmp_path: Path) -
     report = verify_folder(record.folder, original=ASSET)
     assert report.ok, report.problems
     assert all(layer.changed for layer in report.layers)
+    written = bytearray((record.folder / "model.safetensors").read_bytes())
+    written[-1] ^= 1
+    (record.folder / "model.safetensors").write_bytes(written)
+    assert any("is not the file that was written" in problem for problem in verify_folder(record.folder).problems)
 
 
 def test_without_it_nothing_is_said(text: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from .options import METHOD_OPTIONS, RUN_OPTIONS, method_settings, run_config, w
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
+    from ..pipeline import RunRecord
 
 DEFAULT_METHODS = "magnitude,wanda,sparsegpt,proxsparse"
 
@@ -54,6 +55,16 @@ DESCRIPTIONS = {
 }
 
 
+def _repair(record: RunRecord) -> str | None:
+    repair: Any = record.summary.get("repair")
+    return None if repair is None else str(repair["kind"])
+
+
+def _description(record: RunRecord) -> str:
+    said, repair = DESCRIPTIONS.get(record.method, ""), _repair(record)
+    return said if repair is None else f"{said.split(';')[0]}; kept weights repaired ({repair})"
+
+
 def _print(result: Comparison, model: str, as_json: bool) -> None:
     import json
 
@@ -68,6 +79,7 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
                 "seconds": round(row.record.seconds, 3),
                 "peak_memory_bytes": row.record.peak_memory,
                 "magnitude_agreement": row.magnitude_agreement,
+                "repair": _repair(row.record),
             }
             for row in result.rows
         ]
@@ -79,7 +91,7 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
         table.append(
             (
                 record.method,
-                DESCRIPTIONS.get(record.method, ""),
+                _description(record),
                 figure(record.perplexity),
                 f"{record.seconds:.1f} s",
                 size(record.peak_memory),

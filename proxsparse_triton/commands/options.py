@@ -32,6 +32,17 @@ class AutoOrNumber(click.ParamType):  # type: ignore[type-arg]
 
 AUTO = AutoOrNumber()
 
+
+class _RepairKind(click.Choice):  # type: ignore[type-arg]
+    """Its value may be left out, so what stands behind the option is taken for it: MODEL too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.choices:
+            kinds = ", ".join(self.choices)
+            self.fail(f"expected {kinds} or nothing, got {value!r}. If that is MODEL, write it first, or --repair=both.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 # Options that belong to a method: its dataclass has a field of the same name. None means "the method's default".
 METHOD_OPTIONS = (
     click.option("--recipe", type=click.Choice(["auto", "paper"]), help="proxsparse: nothing to tune, or as published. Default: auto."),
@@ -109,7 +120,7 @@ RUN_OPTIONS = (
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave out layers whose name matches. May be repeated."),
     click.option(
         "--repair",
-        type=click.Choice(["both", "least-squares", "finetune"]),
+        type=_RepairKind(["both", "least-squares", "finetune"]),
         is_flag=False,
         flag_value="both",
         help="Once the mask is fixed, change the kept weights to lose less: least squares by layer, masked fine-tuning, or (alone) both.",

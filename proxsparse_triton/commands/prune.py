@@ -110,9 +110,11 @@ def _print(record: RunRecord, as_json: bool) -> None:
 
     from .console import figure, print_table, size
 
+    repair: Any = record.summary.get("repair")
     if as_json:
         report = {
             "method": record.method,
+            "repair": None if repair is None else repair["kind"],
             "output": str(record.folder),
             "perplexity": {"dense": record.dense_perplexity, "pruned": record.perplexity},
             "seconds": round(record.seconds, 3),
@@ -121,10 +123,11 @@ def _print(record: RunRecord, as_json: bool) -> None:
         }
         click.echo(json.dumps(report, indent=2))
         return
+    repaired = "" if repair is None else f", repaired ({repair['kind']})"
     rows = [
         ("layers pruned to 2:4", str(len(record.parameters))),
         ("perplexity, dense", figure(record.dense_perplexity)),
-        (f"perplexity, {record.method}", figure(record.perplexity)),
+        (f"perplexity, {record.method}{repaired}", figure(record.perplexity)),
         ("seconds", f"{record.seconds:.1f}"),
         ("peak memory", size(record.peak_memory)),
     ]

@@ -28,5 +28,5 @@ def report(runs: tuple[str, ...], output: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"page": str(page), "pictures": list(map(str, written.pictures)), "notes": list(written.notes)}, indent=2))
         return
-    pictures = f", {len(written.pictures)} PNG pictures in {page.with_suffix('')}" if written.pictures else ""
+    pictures = f", {len(written.pictures)} PNG pictures in {written.pictures[0].parent}" if written.pictures else ""
     click.echo(f"{page}: written{pictures}")

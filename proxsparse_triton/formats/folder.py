@@ -23,6 +23,8 @@ except ImportError:  # Windows has no advisory locks: two runs into one folder a
 
 TOOL = "proxsparse-triton"
 MANIFEST_NAME = "manifest.json"
+FILES = "files"  # of the manifest: what the folder held when it was written, see records.py
+ADDED = ("report.html", "report/")  # what pst adds to a run later on
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_PERMISSION = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO})
 
@@ -109,8 +111,11 @@ def output_folder(path: Path, *, overwrite: bool = False, keep_on_error: Sequenc
         with _explained(path, needed=needed):
             _flush(partial)
             _publish(partial, target, overwrite)
-    except BaseException:
+    except BaseException as error:
         _discard(partial, keep_on_error, made)
+        if partial.exists():
+            kept = ", ".join(sorted(entry.name for entry in partial.iterdir()))
+            error.add_note(f"Kept in {path}.partial until the next run of that name: {kept}.")
         raise
     finally:
         _unlock(lock)
@@ -151,6 +156,13 @@ def _names(path: Path) -> tuple[Path, Path]:
 def _check_replaceable(path: Path, target: Path, overwrite: bool) -> None:
     earlier = is_run(target)
     if overwrite and earlier:
+        strangers = _strangers(target)
+        if strangers:
+            more = "" if len(strangers) == 1 else f" and {len(strangers) - 1} more"
+            raise OutputError(
+                f"output folder: expected only what was written with the run at {path}, got {strangers[0]}{more}, which --overwrite would "
+                "delete. Move it away, or choose another name with -o."
+            )
         return
     if overwrite:
         raise OutputError(
@@ -162,6 +174,20 @@ def _check_replaceable(path: Path, target: Path, overwrite: bool) -> None:
         f"output folder: expected a new or empty folder, got {path}, {holds}, which is kept. "
         "Choose another name with -o; --overwrite only replaces an earlier run of this tool."
     )
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Files below a run or a comparison of runs that are in none of their records; none where there is no record."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    files, compared = manifest.get(FILES), manifest.get("comparison")
+    if not isinstance(files, dict) and not isinstance(compared, list):
+        return []
+    known = set(files) if isinstance(files, dict) else set()
+    runs = [path for path in folder.iterdir() if is_run(path)] if isinstance(compared, list) else []
+    inside = [f"{run.name}/{name}" for run in runs for name in _strangers(run)]
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    skipped = (*ADDED, MANIFEST_NAME, *(f"{run.name}/" for run in runs))
+    return inside + [name for name in names if name not in known and not name.startswith(skipped)]
 
 
 def _make_folders(folder: Path) -> list[Path]:

@@ -15,10 +15,9 @@ No file has a name that transformers looks for: it refuses the folder, where it 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,15 +30,15 @@ from ..progress import SILENT, Progress, Task
 from ..reference.metadata import row_words
 from ..sparsity import BLOCK, KEPT, check_width
 from .dense import copy_small_files, write_config, write_json
-from .folder import MANIFEST_NAME
+from .folder import FILES, MANIFEST_NAME
 from .manifest import read_manifest, write_manifest
 from .pruned import PrunedFolder
+from .records import file_records, is_record, sha256
 from .shards import DTYPES, Entry, WeightFiles, file_layout, read_header, write_safetensors
 
 FORMAT = "packed"
 VERSION = 1
 INDEX = f"packed.safetensors{INDEX_SUFFIX}"
-FILES = "files"  # key of the manifest
 WEIGHT, VALUES, METADATA = ".weight", ".values", ".metadata"
 ADVICE = "Copy the folder again, or export it again with `pst export`."
 
@@ -89,12 +88,6 @@ def write_packed_model(
     shapes = {key.removesuffix(WEIGHT): list(pruned.files.shapes[key]) for key in layers}
     write_config(out, pruned.config, {**pruned.config_entry, "format": FORMAT, "format_version": VERSION, "layers": shapes})
     write_manifest(out, {**record, FILES: file_records(out)})
-
-
-def file_records(folder: Path) -> dict[str, dict[str, object]]:
-    """Size and SHA-256 of every file below `folder` but the manifest itself, by its path in it."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names if name != MANIFEST_NAME}
 
 
 class PackedModel:
@@ -273,7 +266,7 @@ def _layers(folder: Path, entry: Mapping[str, Any]) -> dict[str, tuple[int, int]
 def _check_files(folder: Path, verify_hashes: bool) -> None:
     """Raise ModelError unless every file of the manifest is there and, with `verify_hashes`, as it was written."""
     files = read_manifest(folder).get(FILES)
-    if not isinstance(files, dict) or not files or not all(_is_record(name, record) for name, record in files.items()):
+    if not isinstance(files, dict) or not files or not all(is_record(name, record) for name, record in files.items()):
         raise ModelError(f"{folder}: expected sizes and hashes under {FILES} in {MANIFEST_NAME}, got something else. {ADVICE}")
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
@@ -284,24 +277,19 @@ def _check_files(folder: Path, verify_hashes: bool) -> None:
         _check_content(folder / name, record["bytes"], record["sha256"])
 
 
-def _check_content(path: Path, size: int, sha256: str) -> None:
+def _check_content(path: Path, size: int, digest: str) -> None:
     try:
         actual_size = path.stat().st_size
-        actual = _sha256(path) if actual_size == size else None
+        actual = sha256(path) if actual_size == size else None
     except OSError as error:
         raise ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.") from error
     if actual is None:
         raise ModelError(f"{path}: expected {size} bytes as {MANIFEST_NAME} says, got {actual_size}. The file was cut or changed. {ADVICE}")
-    if actual != sha256:
+    if actual != digest:
         raise ModelError(
-            f"{path}: expected SHA-256 {sha256[:12]}... as {MANIFEST_NAME} says, got {actual[:12]}... The file was changed. {ADVICE} "
-            "If the change is yours, load it with verify_hashes=False."
+            f"{path}: expected SHA-256 {digest[:12]}... as {MANIFEST_NAME} says, got {actual[:12]}... The file was changed. {ADVICE} "
+            "If the change is yours, load it in Python with verify_hashes=False."
         )
-
-
-def _is_record(name: str, record: Any) -> bool:
-    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    return inside and isinstance(record, dict) and type(record.get("bytes")) is int and isinstance(record.get("sha256"), str)
 
 
 def _check_layer(folder: Path, name: str, shape: tuple[int, int], entries: Mapping[str, Entry]) -> None:
@@ -317,8 +305,3 @@ def _check_layer(folder: Path, name: str, shape: tuple[int, int], entries: Mappi
                 f"{folder}: expected {name}{suffix} as {' or '.join(dtypes)} {expected}, got {got}. "
                 f"The weights belong to another config.json. {ADVICE}"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

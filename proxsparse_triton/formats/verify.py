@@ -19,6 +19,7 @@ from .manifest import WEIGHTS_UPDATED, read_manifest
 from .masks import StoredMasks
 from .packed import PackedModel, is_packed_folder, read_packed
 from .pruned import listed_parameters
+from .records import changed_weights
 from .shards import MASKS_NAME, WeightFiles, bits, model_files, resolve_names
 
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")  # decoder blocks are numbered: model.layers.0.mlp..., h.0.attn...
@@ -68,6 +69,8 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
 
     A packed folder is 2:4 by its form: its files must be those that were written, and the positions in each block must ascend.
 
+    The weight files must be those that were written, where the manifest has their hashes.
+
     With `original`, kept weights must be the original's bit for bit (unless the manifest says that the method updates them),
     and so must every tensor that is not pruned.
 
@@ -93,6 +96,8 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
     problems = [f"{layer.name}: {layer.problem}" for layer in layers if layer.problem]
     if not keys and not any(layer.wrong_blocks == 0 for layer in layers):
         problems.insert(0, "not one layer that is 2:4")
+    if not is_packed_folder(path):  # those of a packed folder are compared when it is opened
+        problems += changed_weights(path, manifest)
     if before is not None:
         problems += before.other_problems({layer.name for layer in layers}, files)
     return VerifyReport(str(path), None if original is None else str(original), bool(masks), updated, tuple(layers), tuple(problems))

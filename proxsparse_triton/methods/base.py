@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -97,6 +97,13 @@ def method_class(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__).METHOD
 
 
+def _whose(given: Sequence[str], known: set[str]) -> str:
+    """What to do about settings that a method does not have."""
+    unknown = next(key for key in given if key not in known)
+    owners = [name for name in method_names() if unknown in {entry.name for entry in dataclasses.fields(method_class(name))}]
+    return f"Leave it out, or use --method {' or '.join(owners)}." if owners else "Leave it out."
+
+
 def build_method(name: str, settings: Mapping[str, object]) -> Method:
     """The method with these settings; settings that are None take the method's default.
 
@@ -107,7 +114,6 @@ def build_method(name: str, settings: Mapping[str, object]) -> Method:
     given = {key: value for key, value in settings.items() if value is not None}
     unknown = [f"--{key.replace('_', '-')}" for key in given if key not in known]
     if unknown:
-        have = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(known)) or "none"
-        raise ConfigError(f"method {name}: expected only its own settings ({have}), got {', '.join(unknown)}. Leave them out.")
+        raise ConfigError(f"method {name}: expected only its own settings, got {', '.join(unknown)}. {_whose(list(given), known)}")
     method: Method = kind(**given)
     return method

@@ -202,8 +202,13 @@ class ProxSparse:
         seqlen = max(len(window) for window in task.windows)
         try:
             twin = memory.meta_model(task.model.config, next(task.model.parameters()).dtype, kind=type(task.model))
-            some = next(iter(task.linears().values())).weight[:ROWS]
-            return self.needs_checkpointing(twin, list(task.linears()), seqlen, limit, compact(some).dtype)
+            stored = compact(next(iter(task.linears().values())).weight[:ROWS]).dtype
+            needed = self.needs_checkpointing(twin, list(task.linears()), seqlen, limit, stored)
+            if needed and task.memory is not None:  # asked for: then it is said where it cannot be had
+                peak = self.memory_of_step(twin, list(task.linears()), seqlen, checkpointing=True, stored=stored).peak
+                if not memory.fits(peak, limit):
+                    task.progress.note(f"A step is predicted to reach {peak / 1e9:.3g} GB, above --gpu-memory. See --plan.")
+            return needed
         except ModelError:
             return True
 

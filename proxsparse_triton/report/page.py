@@ -32,7 +32,7 @@ class Report:
 
 
 def write_report(folders: Sequence[Path], output: Path, *, pictures: bool = True) -> Report:
-    """Write the page of run and comparison folders to `output`, and its charts to the folder `output` without its suffix, as PNG.
+    """Write the page of run and comparison folders to `output`, and its charts to `pictures_folder(output, folders)`, as PNG.
 
     The page needs no library, no script and no network. A folder that still ends in .partial is called by its name to be.
 
@@ -46,7 +46,7 @@ def write_report(folders: Sequence[Path], output: Path, *, pictures: bool = True
     charts: list[Chart] = []
     text = page(runs, charts)
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    folder = output.with_suffix("")
+    folder = pictures_folder(output, folders)
     if pictures and not png.installed():
         notes.append(f"No PNG pictures: matplotlib cannot be imported. Install it with pip install '{TOOL}[report]'.")
         pictures = False
@@ -62,6 +62,13 @@ def write_report(folders: Sequence[Path], output: Path, *, pictures: bool = True
             partial.unlink(missing_ok=True)
         drawn = png.write(folder, charts) if pictures else ()
     return Report(output, drawn, tuple(notes))
+
+
+def pictures_folder(output: Path, folders: Sequence[Path]) -> Path:
+    """`output` without its suffix; with -report in its place where that is the name of one of the runs."""
+    folder = output.with_suffix("")
+    runs = {str(path.resolve()).removesuffix(".partial") for path in folders}
+    return output.with_name(f"{output.stem}-report") if str(folder.resolve()) in runs else folder
 
 
 def check_page(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from proxsparse_triton.cli import main
-from proxsparse_triton.commands.compare import DEFAULT_METHODS, DESCRIPTIONS
+from proxsparse_triton.commands.compare import DEFAULT_METHODS, DESCRIPTIONS, _description
 from proxsparse_triton.methods.base import method_names
+from proxsparse_triton.pipeline import RunRecord
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--samples", "4", "--seqlen", "64", "--eval-windows", "4", "--device", "cpu"]
@@ -82,6 +84,7 @@ def test_options_of_the_recipe_and_of_repair(text: str, tmp_path: Path) -> None:
     assert found["magnitude"]["config"]["settings"] == {}
     assert found["proxsparse"]["config"]["settings"] == {"recipe": "paper", "forward": "masked", "steps": 3}
     assert (found["proxsparse"]["method"]["forward"], found["proxsparse"]["method"]["loss"]) == ("masked", "ce")
+    assert [row["repair"] for row in json.loads(result.stdout)["rows"]] == ["finetune", "finetune"]
     for entry in found.values():
         assert (entry["method"]["repair"]["kind"], entry["method"]["repair"]["steps"]) == ("finetune", 2)
 
@@ -125,6 +128,12 @@ def test_every_method_is_compared_and_described() -> None:
     """A newcomer reads what each method does beside its name."""
     assert sorted(DEFAULT_METHODS.split(",")) == method_names()
     assert set(DESCRIPTIONS) == set(method_names())
+
+
+def test_what_was_repaired_is_not_described_as_original() -> None:
+    record = RunRecord("proxsparse", Path("run"), 1.0, 1.0, 1.0, 1, (), {"repair": {"kind": "both"}})
+    assert _description(record) == "learned end to end; kept weights repaired (both)"
+    assert _description(dataclasses.replace(record, summary={})) == DESCRIPTIONS["proxsparse"]
 
 
 def test_usage_errors_exit_with_2() -> None:

@@ -71,6 +71,7 @@ def test_json_for_machines(text: str, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert report == {
         "method": "magnitude",
+        "repair": None,
         "output": str(tmp_path / "run"),
         "perplexity": manifest["perplexity"],
         "seconds": manifest["seconds"],
@@ -197,7 +198,10 @@ def test_plan_refuses_what_the_run_would(tmp_path: Path) -> None:
         (["--gpu-memory", "nan"], "--gpu-memory above 0, got nan"),
         (["--epochs", "0"], "epochs >= 1, got 0"),
         (["--method", "wnada"], "expected one of magnitude, proxsparse, sparsegpt, wanda, got 'wnada'"),
-        (["--method", "wanda", "--lambda1", "1"], "expected only its own settings (none), got --lambda1"),
+        (
+            ["--method", "wanda", "--lambda1", "1"],
+            "expected only its own settings, got --lambda1. Leave it out, or use --method proxsparse.",
+        ),
         (["--method", "magnitude", "--mask-only"], "got --mask-only"),
         (["--dampening", "0.1"], "method proxsparse: expected only its own settings"),
         (["--method", "sparsegpt", "--dampening", "0"], "finite dampening > 0, got 0.0"),

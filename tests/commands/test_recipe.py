@@ -83,7 +83,7 @@ def test_every_part_has_its_option(text: str, tmp_path: Path, monkeypatch: pytes
         (["--repair", "least-squares", "--repair-steps", "5"], 1, "expected --repair-steps with fine-tuning"),
         (["--repair", "both", "--repair-steps", "0"], 1, "expected --repair-steps of at least 1, got 0"),
         (["--restore-windows", "-1"], 1, "expected --restore-windows of at least 0, got -1"),
-        (["--method", "wanda", "--loss", "kl"], 1, "expected only its own settings (none), got --loss"),
+        (["--method", "wanda", "--loss", "kl"], 1, "expected only its own settings, got --loss. Leave it out, or use --method proxsparse."),
         (["--lambda1", "much"], 2, "expected auto or a number, got 'much'"),
         (["--recipe", "own"], 2, "'own' is not one of 'auto', 'paper'"),
     ],

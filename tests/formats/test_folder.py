@@ -71,6 +71,32 @@ class TestCheckOutput:
             check_output(run, overwrite=False)
         check_output(run, overwrite=True)
 
+    def test_what_no_run_wrote_is_not_overwritten(self, tmp_path: Path) -> None:
+        """A run whose manifest lists its files; pages of pst and their pictures are its own too."""
+        run = earlier_run(tmp_path / "run")
+        (run / "manifest.json").write_text(json.dumps({"tool": "proxsparse-triton", "files": {"model.safetensors": {}, "mark": {}}}))
+        (run / "model.safetensors").touch()
+        (run / "report.html").touch()
+        (run / "report").mkdir()
+        (run / "report" / "curves.png").touch()
+        check_output(run, overwrite=True)
+        (run / "notes").mkdir()
+        (run / "notes" / "mine.txt").write_text("mine")
+        (run / "todo").write_text("mine")
+        with pytest.raises(OutputError, match=r"got notes/mine\.txt and 1 more, which --overwrite would delete\. Move it away"):
+            check_output(run, overwrite=True)
+        assert (run / "todo").read_text() == "mine"
+
+    def test_what_no_run_of_a_comparison_wrote_is_not_overwritten(self, tmp_path: Path) -> None:
+        table = tmp_path / "table"
+        one = earlier_run(table / "wanda")
+        (one / "manifest.json").write_text(json.dumps({"tool": "proxsparse-triton", "files": {"mark": {}}}))
+        (table / "manifest.json").write_text(json.dumps({"tool": "proxsparse-triton", "comparison": [{"folder": "wanda"}]}))
+        check_output(table, overwrite=True)
+        (one / "mine.txt").write_text("mine")
+        with pytest.raises(OutputError, match=r"got wanda/mine\.txt, which --overwrite would delete"):
+            check_output(table, overwrite=True)
+
     def test_below_a_file_is_one_clear_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(OutputError, match=r"expected a place to write, got .* at .*file") as caught:
@@ -151,9 +177,10 @@ class TestOutputFolder:
             (partial / "log").touch()  # empty: not worth keeping
             raise error
 
-        with pytest.raises(error):
+        with pytest.raises(error) as raised:
             write(tmp_path / "run", body, keep_on_error=["metrics.jsonl", "log", "absent"])
         assert contents(tmp_path) == {"run.partial", "run.partial/metrics.jsonl"}
+        assert raised.value.__notes__ == [f"Kept in {tmp_path / 'run'}.partial until the next run of that name: metrics.jsonl."]
 
     def test_an_exception_with_nothing_to_keep_leaves_nothing(self, tmp_path: Path) -> None:
         def body(partial: Path) -> None:

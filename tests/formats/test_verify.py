@@ -12,6 +12,7 @@ from proxsparse_triton.errors import ModelError
 from proxsparse_triton.formats.dense import write_pruned_model
 from proxsparse_triton.formats.manifest import write_manifest
 from proxsparse_triton.formats.masks import save_masks
+from proxsparse_triton.formats.records import changed_weights, file_records
 from proxsparse_triton.formats.shards import model_files
 from proxsparse_triton.formats.verify import LayerReport, verify_folder
 
@@ -245,3 +246,22 @@ class TestBrokenFolders:
         save_masks(run, {LAYER: mask_of(torch.rand(4, 8))})
         with pytest.raises(ModelError, match=r"weight's shape \(512, 192\), got \(4, 8\)"):
             verify_folder(run)
+
+
+def test_a_run_whose_weights_were_changed_is_known_by_its_hashes(run: Path) -> None:
+    """Where kept weights are the method's own there is no original to compare them with."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_manifest(run, {**manifest, "weights_updated": True, "files": file_records(run)})
+    assert verify_folder(run).ok
+    path = run / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    problem = "model.safetensors: is not the file that was written, its SHA-256 in manifest.json is another"
+    assert problem in verify_folder(run).problems
+    (run / "masks.safetensors").write_bytes(b"")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert changed_weights(run, manifest) == ["masks.safetensors" + problem.removeprefix("model.safetensors"), problem]
+    (run / "masks.safetensors").unlink()
+    assert changed_weights(run, manifest)[0] == "masks.safetensors: is missing, manifest.json lists it"
+    assert changed_weights(run, {}) == []

@@ -15,7 +15,7 @@ from run_folders import NAMES, manifest, rows, write_comparison, write_run
 
 from proxsparse_triton.errors import ConfigError, ModelError, OutputError
 from proxsparse_triton.report import png, write_report
-from proxsparse_triton.report.page import MARKER
+from proxsparse_triton.report.page import MARKER, pictures_folder
 
 EVIL = '<script>alert(\'"&")</script>'
 VOID = {"meta", "!doctype"}
@@ -287,6 +287,14 @@ def test_pictures(tmp_path: Path) -> None:
     assert report.notes == ()
     assert report.pictures == (run / "report" / "curves.png", run / "report" / "commitment.png")
     assert sorted(path.name for path in (run / "report").iterdir()) == ["commitment.png", "curves.png"]
+
+
+def test_pictures_never_land_in_the_run(tmp_path: Path) -> None:
+    """`pst report run -o run.html` is what one types first; and run.partial will be called run one day."""
+    run, other = tmp_path / "run", tmp_path / "other.partial"
+    assert pictures_folder(tmp_path / "run.html", [run]) == tmp_path / "run-report"
+    assert pictures_folder(tmp_path / "other.html", [run, other]) == tmp_path / "other-report"
+    assert pictures_folder(run / "report.html", [run]) == run / "report"
 
 
 def test_without_matplotlib_there_is_the_page_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""What a folder held when it was written: size and SHA-256 of every file, in its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .folder import FILES, MANIFEST_NAME
+
+Records = dict[str, dict[str, object]]
+
+
+def file_records(folder: Path) -> Records:
+    """Size and SHA-256 of every file below `folder` but the manifest itself, by its path in it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names if name != MANIFEST_NAME}
+
+
+def is_record(name: str, record: Any) -> bool:
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    return inside and isinstance(record, dict) and type(record.get("bytes")) is int and isinstance(record.get("sha256"), str)
+
+
+def changed_weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Safetensors files that are not as the manifest says, a line each; none where it says nothing. OSError: one cannot be read."""
+    files = manifest.get(FILES)
+    problems = []
+    for name, record in files.items() if isinstance(files, dict) else ():
+        if not name.endswith(".safetensors") or not is_record(name, record):
+            continue
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: is missing, {MANIFEST_NAME} lists it")
+        elif path.stat().st_size != record["bytes"] or sha256(path) != record["sha256"]:
+            problems.append(f"{name}: is not the file that was written, its SHA-256 in {MANIFEST_NAME} is another")
+    return problems
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
