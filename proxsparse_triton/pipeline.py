@@ -128,6 +128,12 @@ class RunRecord:
     parameters: tuple[str, ...]
     summary: Mapping[str, object]
 
+    @property
+    def repair(self) -> str | None:
+        """How the kept weights were repaired; None where they were not."""
+        entry = self.summary.get("repair")
+        return str(entry["kind"]) if isinstance(entry, Mapping) else None
+
 
 def prune(config: RunConfig, progress: Progress = SILENT) -> RunRecord:
     """Prune one model into `config.output`.

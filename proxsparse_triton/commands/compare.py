@@ -55,14 +55,9 @@ DESCRIPTIONS = {
 }
 
 
-def _repair(record: RunRecord) -> str | None:
-    repair: Any = record.summary.get("repair")
-    return None if repair is None else str(repair["kind"])
-
-
 def _description(record: RunRecord) -> str:
-    said, repair = DESCRIPTIONS.get(record.method, ""), _repair(record)
-    return said if repair is None else f"{said.split(';')[0]}; kept weights repaired ({repair})"
+    said = DESCRIPTIONS.get(record.method, "")
+    return said if record.repair is None else f"{said.split(';')[0]}; kept weights repaired ({record.repair})"
 
 
 def _print(result: Comparison, model: str, as_json: bool) -> None:
@@ -79,7 +74,7 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
                 "seconds": round(row.record.seconds, 3),
                 "peak_memory_bytes": row.record.peak_memory,
                 "magnitude_agreement": row.magnitude_agreement,
-                "repair": _repair(row.record),
+                "repair": row.record.repair,
             }
             for row in result.rows
         ]

@@ -101,7 +101,8 @@ def _verdict(run: RunPlan) -> str:
     if run.fits:
         return f"fits into {size(run.memory)}"
     if run.changed is None:
-        return f"does not fit into {size(run.memory)}, whatever the precision: lower --seqlen, or take a larger GPU"
+        lower = "--samples or --seqlen" if "hidden states" in run.plan.items else "--seqlen"  # least squares holds those of all windows
+        return f"does not fit into {size(run.memory)}, whatever the precision: lower {lower}, or take a larger GPU"
     return f"does not fit into {size(run.memory)}; with {' '.join(run.change)} it would, at {size(run.changed.peak)}"
 
 
@@ -110,11 +111,10 @@ def _print(record: RunRecord, as_json: bool) -> None:
 
     from .console import figure, print_table, size
 
-    repair: Any = record.summary.get("repair")
     if as_json:
         report = {
             "method": record.method,
-            "repair": None if repair is None else repair["kind"],
+            "repair": record.repair,
             "output": str(record.folder),
             "perplexity": {"dense": record.dense_perplexity, "pruned": record.perplexity},
             "seconds": round(record.seconds, 3),
@@ -123,7 +123,7 @@ def _print(record: RunRecord, as_json: bool) -> None:
         }
         click.echo(json.dumps(report, indent=2))
         return
-    repaired = "" if repair is None else f", repaired ({repair['kind']})"
+    repaired = "" if record.repair is None else f", repaired ({record.repair})"
     rows = [
         ("layers pruned to 2:4", str(len(record.parameters))),
         ("perplexity, dense", figure(record.dense_perplexity)),

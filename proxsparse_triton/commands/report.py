@@ -13,7 +13,8 @@ def report(runs: tuple[str, ...], output: str | None, as_json: bool) -> None:
     """Write what is known of the folders RUN (of `pst prune` or `pst compare`) as one HTML page that works offline.
 
     Loss and 2:4 blocks over steps, layer by layer, settings and manifest; of several runs perplexities, times and sizes side by side, and
-    perplexity against calibration windows. Where matplotlib is installed, the charts are also written as PNG to FILE/. A page that pst
+    perplexity against calibration windows. Where matplotlib is installed, the charts are also written as PNG to FILE/ (FILE-report/ where
+    FILE is the run). A page that pst
     wrote before is replaced.
     """
     import json

@@ -99,7 +99,7 @@ def check_parameters(weight_files: Sequence[Path], shapes: Mapping[str, tuple[in
     Args: shapes: of the parameters to prune, by name.
     Raises: ModelError, ShapeError.
     """
-    advice = "This architecture stores its weights under other names than it runs with, in a way that is not known here: leave it out."
+    advice = "This architecture stores its weights under other names than it runs with, which is not supported for it yet."
     entries = [item for path in weight_files for item in file_layout("prune", path)]
     resolve_names("prune", shapes, [item.name for item in entries], advice)
     changes = _Changes([item.name for item in entries], {n: torch.empty(s, dtype=torch.bool, device="meta") for n, s in shapes.items()}, {})

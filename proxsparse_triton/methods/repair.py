@@ -165,9 +165,9 @@ def finetune(task: PruneTask, original: dict[str, Tensor], masks: Mapping[str, T
             hooks.append(linear.weight.register_hook(lambda grad, mask=mask: grad.masked_fill(~mask, 0.0)))
         optimizer = replace(settings, lr=lr).optimizer(task.model, linears, count, seed=task.seed)
         task.progress.note(f"repair: {count} steps of fine-tuning, lr {lr:.4g}")
-        fixed = {"seed": task.seed, "progress": task.progress, "record": record}
+        config = replace(config, lr=lr)
         try:
-            learn(task.model, task.windows, optimizer, replace(config, lr=lr), prepared.loss, **fixed)  # type: ignore[arg-type]
+            learn(task.model, task.windows, optimizer, config, prepared.loss, seed=task.seed, progress=task.progress, record=record)
         finally:
             for hook in hooks:
                 hook.remove()

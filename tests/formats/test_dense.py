@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats.folders import prune, tiny
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from proxsparse_triton.errors import ConfigError, ModelError, OutputError, ShapeError
+from proxsparse_triton.errors import OutputError
 from proxsparse_triton.formats import dense as dense_module
-from proxsparse_triton.formats.dense import check_parameters, write_pruned_model
 from proxsparse_triton.formats.folder import output_folder
-from proxsparse_triton.formats.masks import apply_masks, save_masks
+from proxsparse_triton.formats.masks import apply_masks
 from proxsparse_triton.formats.shards import model_files, read_header, write_safetensors
 
 ASSET = Path(__file__).parents[2] / "proxsparse_triton" / "assets" / "pylm-2m"
@@ -97,11 +97,6 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save({key: tensor for key, tensor in state.items() if weight_map[key] == name}, folder / name)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
-
-
-def prune(folder: Path, out: Path, masks: dict[str, Tensor], **arguments: object) -> None:
-    write_pruned_model(folder, model_files(folder), out, masks, config_entry={"method": "magnitude"}, **arguments)  # type: ignore[arg-type]
-    save_masks(out, masks)
 
 
 def assert_pruned_bit_for_bit(before: Tensor, after: Tensor, mask: Tensor | None) -> None:
@@ -205,14 +200,6 @@ def test_base_model_files_under_the_language_model_s_names(tmp_path: Path) -> No
     for name, mask in masks.items():
         assert not pruned[name][~mask].any()
         assert torch.equal(pruned[name][mask], dict(model.named_parameters())[name][mask])
-
-
-def tiny(folder: Path, tensors: dict[str, Tensor] | None = None, config: str = "{}", metadata: dict[str, str] | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config, encoding="utf-8")
-    if tensors is not None:
-        save_file(tensors, folder / "model.safetensors", metadata)
-    return folder
 
 
 def test_unsorted_keys_odd_dtypes_and_metadata_survive(tmp_path: Path) -> None:
@@ -322,93 +309,6 @@ def test_links_of_a_download_cache_are_followed(tmp_path: Path, masks: dict[str,
     prune(snapshot, tmp_path / "out", masks)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == (ASSET / "model.safetensors").stat().st_size
-
-
-W = torch.ones(2, 8)
-MASK = torch.tensor([[1, 1, 0, 0] * 2] * 2).bool()
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("tensors", "masks", "weights", "error", "message"),
-        [
-            (
-                {"w": W},
-                {f"q{i}.w_q": MASK for i in range(4)},
-                None,
-                ModelError,
-                r"got 4 without a key of their own: q0\.w_q, q1\.w_q, q2\.w_q",
-            ),
-            ({"w": W}, {"w": MASK[:1]}, None, ShapeError, r"mask of w in the stored shape \(2, 8\), got \(1, 8\)"),
-            ({"w": W}, {"w": ~torch.zeros(2, 8, dtype=torch.bool)}, None, ShapeError, "got 4 in block"),
-            ({"w": W}, {"w": MASK}, {"w": W[:, :4]}, ShapeError, r"weight of w in the stored shape \(2, 8\), got \(2, 4\)"),
-            ({"w": W}, {"w": MASK}, {"v": W}, ModelError, "without a key of their own: v"),
-            ({"w": W.to(torch.float8_e4m3fn)}, {"w": MASK}, None, ModelError, "at least 16 bits, got F8_E4M3 in w. Dequantize"),
-            ({"w": W.to(torch.int32)}, {"w": MASK}, None, ModelError, "got I32 in w"),
-            ({"w": W.half()}, {"w": MASK}, {"w": W * 1e5}, ModelError, "values that torch.float16 can hold, got an overflow in w"),
-        ],
-    )
-    def test_what_does_not_fit(
-        self,
-        tmp_path: Path,
-        tensors: dict[str, Tensor],
-        masks: dict[str, Tensor],
-        weights: dict[str, Tensor] | None,
-        error: type[Exception],
-        message: str,
-    ) -> None:
-        folder = tiny(tmp_path / "in", tensors)
-        with pytest.raises(error, match=message) as caught:
-            prune(folder, tmp_path / "out", masks, weights=weights)
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "out" / "config.json").exists()
-
-    @pytest.mark.parametrize(
-        ("tensors", "shapes", "error", "message"),
-        [
-            (
-                {"a.w": W},
-                {"b.w": (2, 8)},
-                ModelError,
-                r"prune: expected .* got 1 without a key of their own: b\.w\. This arch",
-            ),
-            ({"w": W}, {"w": (8, 2)}, ShapeError, r"mask of w in the stored shape \(2, 8\), got \(8, 2\)"),
-            ({"w": W.to(torch.float8_e4m3fn)}, {"w": (2, 8)}, ModelError, "at least 16 bits, got F8_E4M3 in w. Dequantize"),
-        ],
-    )
-    def test_before_the_work(
-        self, tmp_path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], error: type[Exception], message: str
-    ) -> None:
-        files = model_files(tiny(tmp_path / "in", tensors))
-        with pytest.raises(error, match=message):
-            check_parameters(files, shapes)
-        check_parameters(files, {})
-
-    def test_bad_configs_and_entries(self, tmp_path: Path) -> None:
-        folder = tiny(tmp_path / "in", {"w": W}, config="{")
-        with pytest.raises(ModelError, match=r"config\.json"):
-            prune(folder, tmp_path / "out", {"w": MASK})
-        tiny(folder)
-        with pytest.raises(ConfigError, match="finite numbers, got nan at lambda1"):
-            write_pruned_model(folder, model_files(folder), tmp_path / "out", {}, config_entry={"lambda1": math.nan})
-        assert not (tmp_path / "out").exists()
-
-    def test_the_original_is_never_the_output(self, tmp_path: Path) -> None:
-        folder = tiny(tmp_path / "in", {"w": W})
-        before = (folder / "model.safetensors").read_bytes()
-        (tmp_path / "link").symlink_to(folder)
-        with pytest.raises(OutputError, match="output folder of its own"):
-            prune(folder, tmp_path / "link", {"w": MASK})
-        assert (folder / "model.safetensors").read_bytes() == before
-
-    def test_corrupt_shards_and_files_outside(self, tmp_path: Path) -> None:
-        folder = tiny(tmp_path / "in", {"w": W})
-        file = folder / "model.safetensors"
-        with pytest.raises(ModelError, match="inside"):
-            write_pruned_model(folder, [folder / ".." / "in" / file.name], tmp_path / "out", {}, config_entry={})
-        file.write_bytes(file.read_bytes()[:-3])
-        with pytest.raises(ModelError, match="truncated"):
-            write_pruned_model(folder, [file], tmp_path / "out", {}, config_entry={})
 
 
 class TestInterrupted:

@@ -371,3 +371,12 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
         ProxSparse(**settings)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_limit_that_no_step_keeps_is_told(device: str) -> None:
+    notes = Notes()
+    for limit in (None, 10**9, 1000):
+        ProxSparse(steps=2).prune(task(device, progress=notes, memory=limit))
+    said = [line for line in notes.lines if "--gpu-memory" in line]
+    assert len(said) == 1
+    assert said[0].endswith("GB, above --gpu-memory. See --plan.")
