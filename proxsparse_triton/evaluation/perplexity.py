@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, ModelError
+from ..models.modes import evaluating
 from ..progress import SILENT, Progress
 from .memory import explain_out_of_memory
 
@@ -47,7 +47,7 @@ def perplexity(model: nn.Module, tokens: Sequence[Tensor], *, batch_size: int = 
     _check_windows(model, tokens)
     device = next(model.parameters()).device
     total, count, done = 0.0, 0, 0
-    with _evaluation_mode(model), torch.inference_mode(), progress.task("perplexity", total=len(tokens)) as task:
+    with evaluating(model), torch.inference_mode(), progress.task("perplexity", total=len(tokens)) as task:
         for batch in _batches(tokens, batch_size):
             work = f"{len(batch)} windows of {batch.shape[1]} tokens on {device}"
             with explain_out_of_memory("perplexity", work, "Lower --batch-size, then --seqlen."):
@@ -109,15 +109,3 @@ def _window_losses(model: nn.Module, batch: Tensor) -> Tensor:
             part = slice(start, min(start + step, len(targets)))
             losses[row] += F.cross_entropy(logits[row, part].float(), targets[part], reduction="none").double().sum()
     return losses
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block; afterwards every submodule is back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -166,7 +166,7 @@ class ProxSparse:
         pretrained = kept_dtype(dtype, stored or dtype) if self.lambda2 > 0 or objective.keeps_pretrained else None
         linears = {name: cast(nn.Linear, model.get_submodule(name.removesuffix(".weight"))) for name in pruned}
         with objective.trainable(model, linears):
-            kept = memory.resident(model, pruned, memory.Storage(weight_bits, moments, pretrained))
+            kept = memory.resident(model, pruned, memory.Storage(weight_bits, moments, pretrained, objective.loss == "kl"))
         step = memory.trace_step(
             model,
             self.batch_size,

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.modes import evaluating
 from .batches import Batch
-from .gradients import GradientsInForward
+from .gradients import GradientsInForward, gradient_dtype
 from .layer_errors import layer_errors
 from .loss import CHUNK, PROBE, chunk_rows, separable_head
 
@@ -104,13 +105,8 @@ class DistillationLoss:
 
     def _of_teacher(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
         """Without dropout, whatever the model learns with."""
-        training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad(), self._teacher():
-                return module(**arguments)
-        finally:
-            self._model.train(training)
+        with evaluating(self._model), torch.no_grad(), self._teacher():
+            return module(**arguments)
 
 
 def _takes(module: nn.Module, argument: str) -> bool:
@@ -149,7 +145,8 @@ def linear_divergence(
     """`divergence` of z = W h + b from z0 = W h0 + b, a chunk of rows at a time; forward and gradient together, so differentiate it once.
 
     Args:
-        hidden, target: [N, in], of the model and of the teacher; the gradient is that of `hidden` alone.
+        hidden, target: [N, in], of the model and of the teacher; the gradient is that of `hidden` alone. fp16 takes an fp32 copy
+            of the head.
         weight: [vocabulary, in], bias: [vocabulary] or None: the head of both.
         real: bool [N], the positions that count; None: all.
         chunk: logits of one model that may exist at once, rounded to whole rows.
@@ -170,7 +167,9 @@ class _LinearDivergence(GradientsInForward):
         kind = torch.promote_types(hidden.dtype, torch.float32)
         share = real.to(kind) / real.sum()
         total = torch.zeros((), dtype=kind, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        kept = gradient_dtype(hidden.dtype)
+        gradient = torch.empty_like(hidden, dtype=kept) if ctx.needs_input_grad[0] else None
+        head = weight.to(kept)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             log_p0 = F.log_softmax(F.linear(target[part], weight, bias) / temperature, -1, dtype=kind)
@@ -180,6 +179,6 @@ class _LinearDivergence(GradientsInForward):
             total += (each * share[part]).sum() * temperature**2
             if gradient is not None:  # d/dz = tau (p - p0), times the row's share
                 difference = log_p.exp_().sub_(p0).mul_(temperature * share[part, None])
-                torch.mm(difference.to(hidden.dtype), weight, out=gradient[part])
+                torch.mm(difference.to(kept), head, out=gradient[part])
         ctx.name, ctx.gradients = "linear_divergence", (gradient,)
         return total

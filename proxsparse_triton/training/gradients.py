@@ -11,7 +11,10 @@ from ..errors import ConfigError
 
 
 class GradientsInForward(torch.autograd.Function):
-    """The backward pass of functions whose forward pass leaves `ctx.gradients`, those of its first inputs, and `ctx.name`, for messages."""
+    """The backward pass of functions whose forward pass leaves `ctx.gradients`, those of its first inputs, and `ctx.name`, for messages.
+
+    Gradients may be kept in a wider dtype than the inputs have: fp16 cannot hold them before a loss scale has reached them.
+    """
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -21,4 +24,9 @@ class GradientsInForward(torch.autograd.Function):
         if gradients is None:
             raise ConfigError(f"{ctx.name}: expected one backward pass, got a second. Compute the loss again.")
         rest = len(ctx.needs_input_grad) - len(gradients)
-        return (*(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), *(None,) * rest)
+        return (*(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), *(None,) * rest)  # autograd casts
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient waits for the backward pass: the tensor's own, but fp32 for fp16, which rounds most of them to zero."""
+    return torch.float32 if dtype == torch.float16 else dtype

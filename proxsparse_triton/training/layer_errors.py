@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import GradientsInForward
+from .gradients import GradientsInForward, gradient_dtype
 
 
 def layer_errors(hidden: Sequence[Tensor], targets: list[Tensor], real: Tensor | None = None) -> Tensor:
@@ -22,7 +22,8 @@ def layer_errors(hidden: Sequence[Tensor], targets: list[Tensor], real: Tensor |
 def relative_error(hidden: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
     """mean_t ||h_t - h0_t||^2 / ||h0_t||^2; forward and gradient together, so differentiate it once.
 
-    Args: hidden, target: [..., width]; the gradient is that of `hidden` alone. real: bool [N], the positions that count; None: all.
+    Args: hidden, target: [..., width]; the gradient is that of `hidden` alone. real: bool [N], the positions that count; None: all. Hidden
+        states may be several to a position, [copies, ..., width] (Gemma 3n).
     Returns: scalar, fp32 (fp64 for fp64). A position whose target is zero, or squares to a subnormal number, does not count, but is one of
         the mean's.
     """
@@ -35,11 +36,15 @@ class _RelativeError(GradientsInForward):
     def forward(ctx: Any, hidden: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
         kind = torch.promote_types(hidden.dtype, torch.float32)
         size = torch.linalg.vector_norm(target, dim=-1, dtype=kind).square()
-        share = torch.ones_like(size) / size.numel() if real is None else real.view_as(size).to(kind) / real.sum()
+        if real is None:
+            share = torch.ones_like(size) / size.numel()
+        else:
+            copies = size.numel() // real.numel()
+            share = real.to(kind).expand(copies, -1).reshape(size.shape) / (copies * real.sum())
         weight = torch.where(size > torch.finfo(kind).tiny, share / size, 0.0)
         difference = hidden.to(kind) - target
         total: Tensor = (torch.linalg.vector_norm(difference, dim=-1).square() * weight).sum()
-        # In the dtype of `hidden`: what waits for the backward pass is no larger than the target was.
-        gradient = difference.mul_(2 * weight[..., None]).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        # In the dtype of `hidden`, where that can hold it: what waits for the backward pass is no larger than the target was.
+        gradient = difference.mul_(2 * weight[..., None]).to(gradient_dtype(hidden.dtype)) if ctx.needs_input_grad[0] else None
         ctx.name, ctx.gradients = "relative_error", (gradient,)
         return total

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import Batch
-from .gradients import GradientsInForward
+from .gradients import GradientsInForward, gradient_dtype
 
 IGNORED = -100
 # Logits of one chunk, 10 bytes each at the highest point (bf16, fp32, and their fp32 log-probabilities): 1.3 GB. A window of 4096 tokens is
@@ -107,7 +107,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     dtype once a chunk. May be differentiated once.
 
     Args:
-        hidden: [N, in], any floating dtype. weight: [vocabulary, in], bias: [vocabulary] or None, of the same dtype.
+        hidden: [N, in], any floating dtype; fp16 takes an fp32 copy of the head.
+        weight: [vocabulary, in], bias: [vocabulary] or None, of the same dtype.
         targets: int64 [N]; `IGNORED` where there is nothing to predict.
         chunk: logits that may exist at once, rounded to whole rows.
     Returns: scalar, fp32 (fp64 for fp64).
@@ -130,9 +131,11 @@ class _LinearCrossEntropy(GradientsInForward):
         real = targets != IGNORED
         share = real.to(kind) / real.sum()  # of each row in the mean; no row at all: 0 / 0, as in F.cross_entropy
         total = torch.zeros((), dtype=kind, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight) if for_weight else None
-        grad_bias = torch.zeros_like(bias) if for_bias and bias is not None else None
+        kept = gradient_dtype(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden, dtype=kept) if for_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=kept) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=kept) if for_bias and bias is not None else None
+        head = weight.to(kept) if for_hidden else weight
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             log_p = F.log_softmax(F.linear(hidden[part], weight, bias), -1, dtype=kind)
@@ -140,11 +143,11 @@ class _LinearCrossEntropy(GradientsInForward):
             at = targets[part, None].clamp(min=0)
             grad = log_p.exp_()
             grad.scatter_(1, at, grad.gather(1, at) - 1)
-            grad = grad.mul_(share[part, None]).to(hidden.dtype)
+            grad = grad.mul_(share[part, None]).to(kept)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[part])
+                torch.mm(grad, head, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[part])
+                grad_weight.addmm_(grad.T, hidden[part].to(kept))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.name, ctx.gradients = "linear_cross_entropy", (grad_hidden, grad_weight, grad_bias)

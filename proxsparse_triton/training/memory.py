@@ -41,6 +41,7 @@ class Storage:
     weight_bits: int
     moments: str
     pretrained: torch.dtype | None  # of W0; None: not kept
+    teacher: bool = False  # the other parameters that learn are kept as they were, too
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def resident(model: nn.Module, pruned: Collection[str], storage: Storage) -> dic
     return {
         "weights": sum(tensor.nbytes for tensor in (*parameters.values(), *model.buffers())),
         "moments": round(2 * MOMENT_BYTES[storage.moments] * weights) + 2 * sum(p.nbytes for p in outside),
-        "pretrained": 0 if storage.pretrained is None else storage.pretrained.itemsize * weights,
+        "pretrained": (0 if storage.pretrained is None else storage.pretrained.itemsize * weights)
+        + (sum(p.nbytes for p in outside) if storage.teacher else 0),
         "residual": residual,
     }
 

@@ -67,7 +67,7 @@ class Objective:
         with ExitStack() as stack:
             stack.enter_context(self.trainable(model, linears))
             others = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in linears} if self.loss == "kl" else {}
-            pretrained = PretrainedWeights(linears, scales, others) if self.keeps_pretrained else None
+            pretrained = PretrainedWeights(model, linears, scales, others) if self.keeps_pretrained else None
             head = getattr(model, "get_output_embeddings", lambda: None)()
             own_head = any(linear is head for linear in linears.values())
             if pretrained is not None:

@@ -1,20 +1,22 @@
-"""What the pruned layers compute with while their weights are learned: the learned weights, W0 under their mask, or W0 itself.
+"""What the model computes with while its weights are learned: the learned weights, W0 under their mask, or W0 itself.
 
-The model's modules stay as they are: the layers' `forward` is replaced for the time of learning, so one set of modules is both student and
-teacher, and the product, W0 * mask, can be what the loss sees at every step.
+The model's modules stay as they are; what a forward pass reads in place of a pruned weight is exchanged for the time of learning. So one
+set of modules is both student and teacher, and the product, W0 * mask, can be what the loss sees at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.reading import read_as
 from ..ops import masked_weight_24
 
 MIN_SCALE = 1e-20  # as in the operators: a dead feature's weights keep their order
@@ -22,9 +24,10 @@ Forward = Literal["learned", "masked"]
 
 
 class PretrainedWeights:
-    """W0 of the layers to prune, and the forward passes that use it.
+    """W0 of the weights to prune, and the forward passes that use it.
 
     Args:
+        model: what holds them; every module that reads one of them is given the same.
         linears: parameter name -> layer; the weights are W0 now.
         scales: parameter name -> column_scale fp32 [in_features]; layers without one are masked by magnitude.
         others: further parameters that will learn and that the teacher has to have as they are now.
@@ -33,28 +36,27 @@ class PretrainedWeights:
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Linear], scales: Mapping[str, Tensor] | None = None, others: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        scales: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._linears = dict(linears)
+        self._model = model
+        self._weights = {name: cast(nn.Parameter, linear.weight) for name, linear in linears.items()}
         self._scales = dict(scales or {})
         self._others = [(p, p.detach().clone()) for p in (others or {}).values()]
-        self.tensors = {name: compact(linear.weight) for name, linear in self._linears.items()}
+        self.tensors = {name: compact(weight) for name, weight in self._weights.items()}
         self._teaching = False
 
     @contextmanager
     def forward(self, kind: Forward) -> Iterator[None]:
-        """Inside, the layers compute with the learned weights, or with W0 under the mask of the learned weights, whose gradient is taken
-        as that of the learned ones (straight through); inside `teacher` with W0."""
-        before = {name: linear.__dict__.get("forward") for name, linear in self._linears.items()}  # of who wraps modules too
-        for name, linear in self._linears.items():
-            linear.forward = partial(self._run, kind, linear, self.tensors[name], self._scales.get(name))  # type: ignore[method-assign]
-        try:
+        """Inside, forward passes compute with the learned weights, or with W0 under the mask of the learned weights, whose gradient is
+        taken as that of the learned ones (straight through); inside `teacher` with W0."""
+        masked = _MaskedWeights()
+        readers = {weight: partial(self._read, kind, name, masked) for name, weight in self._weights.items()}
+        with read_as(self._model, readers), masked.formed_again():
             yield
-        finally:
-            for name, linear in self._linears.items():
-                del linear.__dict__["forward"]
-                if before[name] is not None:
-                    linear.__dict__["forward"] = before[name]
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -70,13 +72,11 @@ class PretrainedWeights:
             for (p, _), data in zip(self._others, learned, strict=True):
                 p.data = data
 
-    def _run(self, kind: Forward, linear: nn.Linear, w0: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+    def _read(self, kind: Forward, name: str, masked: _MaskedWeights, weight: nn.Parameter) -> Tensor:
+        w0 = self.tensors[name]
         if self._teaching:
-            return F.linear(x, w0.to(x.dtype), linear.bias)
-        if kind == "learned":
-            return F.linear(x, linear.weight, linear.bias)
-        out: Tensor = _MaskedLinear.apply(x, linear.weight, linear.bias, w0, scale)  # type: ignore[no-untyped-call]
-        return out
+            return w0.to(weight.dtype)
+        return weight if kind == "learned" else masked.of(weight, w0, self._scales.get(name))
 
 
 def compact(weight: Tensor) -> Tensor:
@@ -100,26 +100,65 @@ def mask_scores(w: Tensor, scale: Tensor | None) -> Tensor:
     return scores if scale is None else scores * scale.clamp_min(MIN_SCALE).to(scores.dtype)
 
 
-class _MaskedLinear(torch.autograd.Function):
-    """x (W0 * mask(c |W|))^T + b, with dW = the gradient of W0 * mask: the masked weight is formed again in the backward pass, so that no
-    second copy of the weights is kept for it."""
+@dataclass(frozen=True)
+class _Saved:
+    """A view of a masked weight that autograd wanted to keep: how to form it again, and the learned weights it belongs to."""
+
+    form: Callable[[], Tensor]
+    weight: Tensor
+    version: int
+    layout: Any  # its shape, strides and offset
+
+    def formed(self) -> Tensor:
+        if self.weight._version != self.version:
+            raise RuntimeError(
+                "PretrainedWeights: expected the learned weights as they were in the forward pass, got weights that have been modified by "
+                "an inplace operation. Run the backward pass before the optimiser's step."
+            )
+        return self.form().as_strided(*self.layout)
+
+
+class _MaskedWeights:
+    """Forms W0 * mask(c |W|) in the forward pass and again in the backward pass, so that no second copy of the weights is kept for it."""
+
+    def __init__(self) -> None:
+        # Storage of a masked weight that is alive -> (the weight, what formed it): one or two at a time.
+        self._alive: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor], Tensor]] = {}
+
+    def of(self, weight: Tensor, w0: Tensor, scale: Tensor | None) -> Tensor:
+        masked: Tensor = _StraightThrough.apply(weight, w0, scale)  # type: ignore[no-untyped-call]
+        if masked.requires_grad:
+            address = masked.untyped_storage()._cdata  # also tells tensors of the meta device apart
+            gone = weakref.ref(masked, lambda _: self._alive.pop(address, None))
+            self._alive[address] = gone, partial(self.of, weight, w0, scale), weight
+        return masked
+
+    @contextmanager
+    def formed_again(self) -> Iterator[None]:
+        """Inside, autograd keeps the recipe of a masked weight in place of the tensor."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        found = self._alive.get(tensor.untyped_storage()._cdata) if self._alive else None
+        masked = None if found is None else found[0]()
+        if found is None or masked is None or tensor.dtype != masked.dtype:
+            return tensor
+        layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return _Saved(found[1], found[2], found[2]._version, layout)
+
+
+def _unpack(saved: Tensor | _Saved) -> Tensor:
+    return saved.formed() if isinstance(saved, _Saved) else saved
+
+
+class _StraightThrough(torch.autograd.Function):
+    """W0 * mask(c |W|), with its gradient as that of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, w0: Tensor, scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.masked = partial(masked_weight_24, w0=w0, column_scale=scale)
-        return F.linear(x, ctx.masked(w), bias)
+    def forward(ctx: Any, w: Tensor, w0: Tensor, scale: Tensor | None) -> Tensor:
+        return masked_weight_24(w, w0, column_scale=scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
-        for_x, for_w, for_bias, *_ = ctx.needs_input_grad
-        rows = upstream.reshape(-1, upstream.shape[-1])
-        return (
-            upstream @ ctx.masked(w) if for_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]) if for_w else None,
-            rows.sum(0) if for_bias else None,
-            None,
-            None,
-        )
+        return upstream, None, None

@@ -38,6 +38,16 @@ def test_value_and_gradient(shape: tuple[int, ...], padded: bool) -> None:
     assert padded == bool((other.grad == 0).all(-1).any())
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_several_hidden_states_to_a_position(padded: bool) -> None:
+    """As in Gemma 3n: the mean over all of them, of the real positions."""
+    parts = [case(shape=(3, ROWS // 3), seed=seed) for seed in (3, 4)]
+    real = parts[0][2] if padded else None
+    found = relative_error(*(torch.stack([part[i] for part in parts]) for i in range(2)), real)
+    expected = sum(by_hand.layer_errors([hidden], [target], real) for hidden, target, _ in parts) / 2
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_a_target_of_zero_does_not_count_but_is_one_of_the_mean() -> None:
     hidden, target, real = case()
     real[2] = True

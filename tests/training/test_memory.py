@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from proxsparse_triton.errors import ConfigError, ModelError
+from proxsparse_triton.methods.proxsparse import ProxSparse
 from proxsparse_triton.models.selection import plan_layers
 from proxsparse_triton.optim.prox_adamw import ProxAdamW
 from proxsparse_triton.training.batches import Batch
@@ -66,6 +67,29 @@ def test_a_real_step_has_the_same_highest_point(dtype: torch.dtype, checkpoint: 
     assert found.gradients == pytest.approx(planned.gradients, rel=0.01)
 
 
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+@pytest.mark.parametrize("train", ["pruned", "all"])
+def test_what_is_kept_between_steps(loss: Any, train: Any) -> None:
+    """Weights, moments, W0, and with a teacher a copy of all else that learns: embeddings, norms, head."""
+    settings = ProxSparse(loss=loss, train=train, checkpointing=False)
+    model = real(torch.float32)
+    linears = linears_of(model)
+    planned = settings.memory_of_step(meta_model(config(), torch.float32), list(linears), 16, checkpointing=False).kept
+    tokens = torch.randint(0, 100, (1, 16))
+    with settings.objective.of(model, linears, tokens[0]) as prepared:
+        optimizer = settings.optimizer(model, linears, 10)
+        prepared.loss(Batch(tokens, None)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pretrained = prepared.pretrained
+        assert pretrained is not None
+        state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+        held = [*model.parameters(), *model.buffers(), *state, *pretrained.tensors.values(), *(copy for _, copy in pretrained._others)]
+    assert {w0.dtype for w0 in pretrained.tensors.values()} == {torch.float32}  # random weights, which do not fit into bf16
+    kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+    assert sum(kept.values()) == pytest.approx(sum(planned.values()), rel=1e-3)
+
+
 @pytest.mark.parametrize(("checkpoint", "release"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("objective", [Objective(), Objective("kl", "learned"), Objective("ce")], ids=str)
 def test_a_real_step_with_masks_and_a_teacher(objective: Objective, checkpoint: bool, release: bool) -> None:
@@ -89,11 +113,16 @@ def test_a_real_step_with_masks_and_a_teacher(objective: Objective, checkpoint: 
 
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 def test_gradients_of_the_pruned_layers_alone(loss: Any) -> None:
-    """At the end of the backward pass of a few tokens they are all there is; of all parameters they are more."""
+    """At the end of the backward pass of a few tokens they are all there is; of all parameters they are more.
+
+    At the learned weights: of masked ones a block's worth is there too while checkpointing has run it again, and the peak is earlier.
+    """
     model = meta_model(config(), torch.bfloat16)
     linears = linears_of(model)
     gradients = {
-        train: trace_step(model, 1, 4, checkpoint=True, release=False, pruned=linears, objective=Objective(loss, "masked", train)).gradients
+        train: trace_step(
+            model, 1, 4, checkpoint=True, release=False, pruned=linears, objective=Objective(loss, "learned", train)
+        ).gradients
         for train in ("pruned", "all")
     }
     last = linears["model.layers.0.self_attn.q_proj.weight"].weight.nbytes  # may be counted once it has a name, after the peak

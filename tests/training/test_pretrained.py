@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from proxsparse_triton.ops import mask_24, masked_weight_24
 from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.loss import NextTokenLoss
-from proxsparse_triton.training.memory import checkpointing
+from proxsparse_triton.training.memory import _Ledger, checkpointing
 from proxsparse_triton.training.pretrained import PretrainedWeights, compact, mask_scores
 
 
@@ -43,7 +43,7 @@ SCALE = torch.rand(16, generator=torch.Generator().manual_seed(2))
 def test_masked_forward_and_straight_through(dtype: torch.dtype, scale: Tensor | None, bias: bool) -> None:
     """Against a layer whose weight is W0 * mask, by ordinary autograd."""
     linear, w0 = layer(dtype, bias)
-    pretrained = PretrainedWeights({"w": linear}, {} if scale is None else {"w": scale})
+    pretrained = PretrainedWeights(linear, {"w": linear}, {} if scale is None else {"w": scale})
     moved(linear)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -65,7 +65,7 @@ def test_masked_forward_and_straight_through(dtype: torch.dtype, scale: Tensor |
 
 def test_only_what_learns_gets_a_gradient() -> None:
     linear, _ = layer()
-    pretrained = PretrainedWeights({"w": linear})
+    pretrained = PretrainedWeights(linear, {"w": linear})
     moved(linear)
     linear.bias.requires_grad_(False)
     x = torch.randn(3, 16)
@@ -82,25 +82,23 @@ def test_only_what_learns_gets_a_gradient() -> None:
 
 
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass() -> None:
-    """Inputs and learned weights are: the masked ones are formed again."""
-    linear, _ = layer()
-    pretrained = PretrainedWeights({"w": linear})
-    kept: list[int] = []
-    x = torch.randn(3, 16, requires_grad=True)
-
-    def note(tensor: Tensor) -> Tensor:
-        kept.append(tensor.data_ptr())
-        return tensor
-
-    with pretrained.forward("masked"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        linear(x)
-    assert sorted(kept) == sorted([x.data_ptr(), linear.weight.data_ptr()])
+    """The masked weights are formed again, so what waits for the backward pass is what waits without them."""
+    waiting = {}
+    for kind in ("learned", "masked"):
+        model = tiny()
+        pretrained = PretrainedWeights(model, linears_of(model))
+        ledger = _Ledger(model, pretrained.tensors.values())
+        with pretrained.forward(kind), ledger:  # type: ignore[arg-type]
+            loss = NextTokenLoss(model, TOKENS[0])(Batch(TOKENS, None))
+        waiting[kind] = sum(ledger._sizes[index] for index in ledger._live.values() if index is not None)
+        del loss
+    assert waiting["masked"] == waiting["learned"]
 
 
 def test_weights_that_changed_before_the_backward_pass_are_refused() -> None:
     """Their mask would be another one."""
     linear, _ = layer()
-    with PretrainedWeights({"w": linear}).forward("masked"):
+    with PretrainedWeights(linear, {"w": linear}).forward("masked"):
         out = linear(torch.randn(3, 16, requires_grad=True))
     moved(linear)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -109,7 +107,7 @@ def test_weights_that_changed_before_the_backward_pass_are_refused() -> None:
 
 def test_learned_forward_is_the_layers_own() -> None:
     linear, _ = layer()
-    pretrained = PretrainedWeights({"w": linear})
+    pretrained = PretrainedWeights(linear, {"w": linear})
     moved(linear)
     x = torch.randn(3, 16)
     with pretrained.forward("learned"):
@@ -144,7 +142,7 @@ def test_the_teacher_is_the_dense_model(kind: Any, bias: bool) -> None:
     dense = model(input_ids=TOKENS).logits
     linears = linears_of(model)
     others = {name: p for name, p in model.named_parameters() if name not in linears}
-    pretrained = PretrainedWeights(linears, others=others)
+    pretrained = PretrainedWeights(model, linears, others=others)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
@@ -162,11 +160,11 @@ def test_everything_is_put_back_after_an_error() -> None:
     model = tiny()
     linears = linears_of(model)
     embedding = model.get_input_embeddings().weight
-    pretrained = PretrainedWeights(linears, others={"embedding": embedding})
+    pretrained = PretrainedWeights(model, linears, others={"embedding": embedding})
     data = embedding.data
     with pytest.raises(ZeroDivisionError), pretrained.forward("masked"), pretrained.teacher():
         raise ZeroDivisionError
-    assert all("forward" not in vars(linear) for linear in linears.values())
+    assert all(type(linear) is nn.Linear for linear in linears.values())
     assert embedding.data.data_ptr() == data.data_ptr()
     x = torch.randn(3, 16)
     linear = next(iter(linears.values()))
@@ -177,7 +175,7 @@ def test_the_student_is_back_after_an_error_in_the_teacher() -> None:
     """Inside `forward`: neither W0 nor the other parameters of the teacher stay."""
     model = tiny()
     linears = linears_of(model)
-    pretrained = PretrainedWeights(linears, others={name: p for name, p in model.named_parameters() if name not in linears})
+    pretrained = PretrainedWeights(model, linears, others={name: p for name, p in model.named_parameters() if name not in linears})
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
@@ -192,7 +190,7 @@ def gradients(checkpoint: bool, release: bool = False) -> dict[str, Tensor]:
     """release: each weight is written to inside the backward pass, once its gradient is complete."""
     model = tiny().train()
     linears = linears_of(model)
-    pretrained = PretrainedWeights(linears)
+    pretrained = PretrainedWeights(model, linears)
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for linear in linears.values():
@@ -233,7 +231,7 @@ def test_fp32_weights_with_a_bf16_w0() -> None:
     with torch.no_grad():
         linear.weight.copy_(linear.weight.bfloat16())
     w0 = linear.weight.detach().clone()
-    pretrained = PretrainedWeights({"w": linear}, {"w": SCALE})
+    pretrained = PretrainedWeights(linear, {"w": linear}, {"w": SCALE})
     assert pretrained.tensors["w"].dtype == torch.bfloat16
     moved(linear)
     x = torch.randn(3, 16)
@@ -262,23 +260,29 @@ def test_their_mask_is_the_one_the_loss_saw(dtype: torch.dtype) -> None:
     assert not torch.equal(mask_24(mask_scores(w, None)), seen)
 
 
-def test_a_forward_that_somebody_else_had_put_there_is_put_back() -> None:
-    """accelerate wraps modules that way."""
-    linear, _ = layer()
+def test_a_forward_that_somebody_else_had_put_there_stays() -> None:
+    """accelerate wraps modules that way; what it computes with is what everybody reads."""
+    linear, w0 = layer()
+    calls = []
 
     def wrapped(x: Tensor) -> Tensor:
-        return x
+        calls.append(x)
+        return F.linear(x, linear.weight, linear.bias)
 
     linear.forward = wrapped  # type: ignore[method-assign]
-    with PretrainedWeights({"w": linear}).forward("masked"):
-        assert linear(torch.ones(16)).shape == (12,)
+    pretrained = PretrainedWeights(linear, {"w": linear})
+    moved(linear)
+    x = torch.ones(16)
+    with pretrained.forward("masked"):
+        assert torch.equal(linear(x), F.linear(x, expected_weight(linear, w0, None), linear.bias))
+    assert len(calls) == 1
     assert vars(linear)["forward"] is wrapped
 
 
 def test_a_single_row_without_a_batch() -> None:
     linear, _ = layer()
     x = torch.randn(16, requires_grad=True)
-    with PretrainedWeights({"w": linear}).forward("masked"):
+    with PretrainedWeights(linear, {"w": linear}).forward("masked"):
         linear(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(linear.weight.grad, x.detach().expand(12, 16))
