@@ -78,7 +78,7 @@ def test_outside_of_a_forward_pass_it_is_the_parameter() -> None:
         with torch.no_grad():
             model.mixer.called.weight *= 3  # an optimiser's way, or a user's
         assert model.mixer.called.weight is parameters["mixer.called.weight"]
-        with pytest.raises(TypeError):
+        with pytest.raises(AttributeError):
             model(None)
         assert model.mixer.called.weight is parameters["mixer.called.weight"]  # also after a forward pass that failed
 
