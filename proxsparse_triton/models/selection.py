@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
@@ -14,6 +16,7 @@ from ..sparsity import BLOCK
 
 FUSED = "fused experts (3-D parameter): not an nn.Linear"
 STACKED = "3-D parameter: not an nn.Linear"
+OTHER_FORWARD = "computes something else than nn.Linear with its weight"
 TRANSPOSED = "Conv1D stores the weight transposed (GPT-2): not supported"
 HEAD = "output head"
 OUTSIDE = "not inside the decoder blocks"
@@ -24,8 +27,8 @@ OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
 ROUTER_NAME = re.compile(r"router|gating")
 GATE_NAME = re.compile(r"gate|\w+_gate")
 
-Kind = Literal["linear", "conv1d", "fused", "stacked"]
-OBSTACLES: dict[Kind, str] = {"conv1d": TRANSPOSED, "fused": FUSED, "stacked": STACKED}
+Kind = Literal["linear", "other", "conv1d", "fused", "stacked"]
+OBSTACLES: dict[Kind, str] = {"other": OTHER_FORWARD, "conv1d": TRANSPOSED, "fused": FUSED, "stacked": STACKED}
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,57 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(pool, key=lambda item: (bool(OTHER_TOWERS.search(item[0])), item[0].count("."), -len(item[1])))
 
 
+def computes_linear(module: nn.Module) -> bool:
+    """True if the module's class computes x W^T + b, from its weight and bias and nothing else, as nn.Linear does.
+
+    So do nn.Linear, subclasses that keep its `forward`, and those whose own one only repeats it (FalconLinear); only of such a layer do
+    masks, input norms and packed weights mean what they say. Not judged: hooks, or a `forward` set on the instance.
+    """
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or _repeats_linear(kind))
+
+
+@cache
+def _repeats_linear(kind: type[nn.Linear]) -> bool:
+    """Whether `kind.forward` is nn.Linear's, up to rounding.
+
+    It is called on an object that has a weight and a bias but none of the class's other attributes: a forward that reads one fails. What
+    is left can depend on the inputs alone, and is compared on random ones of several ranks and sizes, in fp64.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    twin = object.__new__(kind)
+    nn.Module.__init__(twin)
+    twin.in_features, twin.out_features = 8, 12
+    twin.weight = nn.Parameter(random(12, 8))
+    with torch.no_grad():
+        for bias in (None, nn.Parameter(random(12))):
+            twin.register_parameter("bias", bias)
+            for training in (False, True):
+                twin.training = training
+                for shape, size in (((8,), 1.0), ((5, 8), 1e-6), ((2, 4, 8), 1e6), ((1, 2, 3, 8), 1.0)):
+                    x = size * random(*shape)
+                    try:
+                        found = kind.forward(twin, x)
+                    except Exception:  # whatever somebody's layer raises: it wants more than a weight and a bias
+                        return False
+                    right = nn.functional.linear(x, twin.weight, bias)
+                    same = isinstance(found, Tensor) and found.dtype == right.dtype and found.shape == right.shape
+                    if not same or not torch.allclose(found, right, rtol=1e-12, atol=1e-12 * size):
+                        return False
+    return True
+
+
 def _own_matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Kind, Tensor]]:
     """Name, kind and weight of each prunable-looking matrix below `module`, shared ones under each of their names."""
     from transformers.pytorch_utils import Conv1D
 
     for name, child in module.named_modules(prefix=prefix, remove_duplicate=False):
         if isinstance(child, nn.Linear):
-            yield name, "linear", child.weight
+            yield name, "linear" if computes_linear(child) else "other", child.weight
         elif isinstance(child, Conv1D):
             yield name, "conv1d", child.weight
         elif not isinstance(child, nn.modules.conv._ConvNd):  # whose weights are 3-D as well
@@ -156,11 +203,11 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, bool]]]:
-    """For each parameter (by identity) the modules that hold it: (name, is a Linear), in model order."""
+    """For each parameter (by identity) the modules that hold it: (name, computes as nn.Linear), in model order."""
     owners: dict[int, list[tuple[str, bool]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((name, isinstance(module, nn.Linear)))
+            owners.setdefault(id(parameter), []).append((name, computes_linear(module)))
     return owners
 
 
