@@ -77,6 +77,7 @@ def test_json_for_machines(text: str, tmp_path: Path) -> None:
         "seconds": manifest["seconds"],
         "peak_memory_bytes": manifest["peak_memory_bytes"],
         "layers": 28,
+        "decoder": manifest["decoder"],
     }
 
 

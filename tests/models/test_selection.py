@@ -244,8 +244,7 @@ def test_shared_weights_are_handled_once() -> None:
     found = reasons(plan)
     assert found["model.layers.1.mlp.down_proj"] == "shares its weight with model.layers.1.table"
     assert found["model.layers.0.mlp.up_proj"] == found["model.layers.0.self_attn.q_proj"] == ""
-    assert found["model.layers.1.mlp.up_proj"] == "shares its weight with model.layers.0.mlp.up_proj"
-    assert found["model.layers.1.self_attn.q_proj"] == "shares its weight with model.layers.0.self_attn.q_proj"
+    assert not {"model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"} & set(found)
     assert found["model.layers.0.mlp.gate_proj"] == "shares its weight with extra"
     weights = [id(model.get_submodule(name).weight) for name in plan.selected()]
     assert len(weights) == len(set(weights)) == 7
@@ -367,6 +366,6 @@ def test_a_linear_with_another_forward_stays_dense() -> None:
     plan = plan_layers(model)
     found = reasons(plan)
     assert found["model.layers.0.mlp.up_proj"] == "computes something else than nn.Linear with its weight"
-    assert found["model.layers.1.mlp.gate_proj"] == "shares its weight with model.layers.0.mlp.up_proj"
+    assert "model.layers.1.mlp.gate_proj" not in found  # a weight is named once
     assert len(plan.selected()) == 12
     assert "model.layers.1.mlp.up_proj" in plan.selected()
