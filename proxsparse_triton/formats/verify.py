@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class VerifyReport:
     weights_updated: bool  # the manifest says that the method changes kept weights
     layers: tuple[LayerReport, ...]
     problems: tuple[str, ...]
-    decoder: Share  # how much of it is 2:4, by the files' names and shapes
+    decoder: Share  # how much of it was found 2:4; its size is the manifest's, or by names and shapes in the files
 
     @property
     def ok(self) -> bool:
@@ -109,7 +109,7 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
         weights_updated=updated,
         layers=tuple(layers),
         problems=tuple(problems),
-        decoder=_share(files, [layer.name for layer in layers if layer.wrong_blocks == 0]),
+        decoder=_share(files, [layer.name for layer in layers if layer.wrong_blocks == 0], read_share(manifest.get(DECODER))),
     )
 
 
@@ -127,8 +127,9 @@ def recorded_share(path: Path) -> Share | None:
     return _share(files, list(resolve_names("verify", listed, files.shapes).values()))
 
 
-def _share(files: _Tensors, pruned: Sequence[str]) -> Share:
-    return share_of(weights_in_files(files.shapes, pruned), pruned)
+def _share(files: _Tensors, pruned: Sequence[str], recorded: Share | None = None) -> Share:
+    found = share_of(weights_in_files(files.shapes, pruned), pruned)
+    return found if recorded is None else replace(recorded, pruned=found.pruned)
 
 
 def _opened(path: Path, manifest: Mapping[str, Any]) -> tuple[_Tensors, Mapping[str, Tensor], list[str]]:

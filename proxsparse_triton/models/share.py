@@ -20,14 +20,15 @@ OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Part:
-    """What stays dense under one name. name: of the modules that hold it, numbers as *. weights: of all of them."""
+    """What stays dense under one name. name: of the modules that hold it, numbers as *. weights: of all of them. reason: of most."""
 
     name: str
     weights: int
     reason: str
 
     def __str__(self) -> str:
-        return f"experts ({self.name})" if "expert" in f"{self.name} {self.reason}" else self.name
+        fused = self.reason.startswith("fused experts")  # of a module that may be called otherwise
+        return f"experts ({self.name})" if fused or self.name.endswith("experts") else self.name
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def share_of(weights: Mapping[str, int], pruned: Collection[str], reasons: Mappi
     """Args: weights: parameter -> its number of weights, all of one decoder. pruned: those that are 2:4; others than in `weights` do not
     count. reasons: why a parameter is not among them; where it has none: `otherwise`."""
     chosen = set(pruned)
-    parts: dict[tuple[str, str], int] = {}
+    parts: dict[str, dict[str, int]] = {}
     for name, count in weights.items():
         if name not in chosen:
-            key = part_name(name), (reasons or {}).get(name, otherwise)
-            parts[key] = parts.get(key, 0) + count
-    dense = [Part(name, count, reason) for (name, reason), count in sorted(parts.items(), key=lambda item: -item[1])]
+            counts, reason = parts.setdefault(part_name(name), {}), (reasons or {}).get(name, otherwise)
+            counts[reason] = counts.get(reason, 0) + count
+    dense = [Part(name, sum(counts.values()), max(counts, key=lambda reason: counts[reason])) for name, counts in parts.items()]
+    dense.sort(key=lambda part: -part.weights)
     return Share(sum(count for name, count in weights.items() if name in chosen), sum(weights.values()), tuple(dense))
 
 
