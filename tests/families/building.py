@@ -11,14 +11,15 @@ import torch
 from families.configurations import Family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 SYLLABLES = ("ka", "lo", "mi", "re", "su", "ta"), ("bo", "den", "fil", "gra", "nox", "pir")
 
 
 def build(family: Family, folder: Path) -> None:
     """A model of the family in `folder`, fp32."""
-    model = AutoModelForCausalLM.from_config(config_of(family)).float().eval()
+    kind = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
+    model = kind.from_config(config_of(family)).float().eval()
     randomise(model)
     model.save_pretrained(folder)
 

@@ -29,14 +29,15 @@ STATES = {"num_hidden_layers": 3, "hidden_size": WIDTH, "vocab_size": VOCABULARY
 
 @dataclass(frozen=True)
 class Family:
-    """kind: transformers' model type. settings: of its configuration class. refused: a pattern of why it is not pruned; "": it is."""
+    """kind: transformers' model type. settings: of its configuration class. refused: what is said where it is not pruned; "": it is."""
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
     refused: str = ""
+    vision: bool = False  # has a vision tower
 
-    def refused_as(self, pattern: str) -> Family:
-        return replace(self, refused=pattern)
+    def refused_as(self, words: str) -> Family:
+        return replace(self, refused=words)
 
 
 def usual(kind: str, /, **changes: Any) -> Family:
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": usual("cohere"),
     "cohere2": usual("cohere2", **SLIDING),
     "ctrl": of("ctrl", N_NAMES, dff=48),
+    "cwm": usual("cwm"),
     "diffllama": usual("diffllama"),
     "doge": usual("doge"),
     "ernie4_5": usual("ernie4_5"),
@@ -107,14 +109,20 @@ FAMILIES: dict[str, Family] = {
         "gpt_neo", num_layers=2, num_heads=4, hidden_size=WIDTH, vocab_size=VOCABULARY, attention_types=[[["global", "local"], 1]]
     ),
     "gpt_neox": usual("gpt_neox"),
+    "gpt_neox_japanese": usual("gpt_neox_japanese"),
     "gptj": of("gptj", N_NAMES, rotary_dim=4),
     "granite": usual("granite"),
+    "granite_swa": usual("granite_swa"),
     "helium": usual("helium"),
     "hunyuan_v1_dense": usual("hunyuan_v1_dense"),
+    "hyperclovax": usual("hyperclovax"),
     "internlm3": usual("internlm3"),
+    "iquestcoder": usual("iquestcoder"),
+    "jais2": usual("jais2"),
     "llama": usual("llama"),
     "llama, tied": usual("llama", tie_word_embeddings=True),
     "minicpm3": usual("minicpm3", **LATENT),
+    "ministral": usual("ministral", **SLIDING),
     "ministral3": usual("ministral3"),
     "mistral": usual("mistral", sliding_window=16),
     "modernbert-decoder": usual("modernbert-decoder"),
@@ -145,6 +153,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2": usual("lfm2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention", "conv"]),
     "mamba": of("mamba", STATES, state_size=8, time_step_rank=8),
     "mamba2": of("mamba2", STATES, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=16),
+    "olmo_hybrid": usual("olmo_hybrid", **ROUTED),
     "qwen3_5_text": usual("qwen3_5_text", **DELTA, layer_types=MIXED),
     "recurrent_gemma": usual("recurrent_gemma", attention_window_size=16),
     "rwkv": of("rwkv", STATES, attention_hidden_size=WIDTH, intermediate_size=48, context_length=256),
@@ -176,6 +185,7 @@ FAMILIES: dict[str, Family] = {
         use_mamba_kernels=False,
     ),
     # ---- mixtures of experts
+    "afmoe": usual("afmoe", **ROUTED, num_local_experts=4, num_experts=4),
     "dbrx": of(
         "dbrx",
         d_model=WIDTH,
@@ -188,13 +198,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": usual("deepseek_v2", **LATENT, **ROUTED),
     "deepseek_v3": usual("deepseek_v3", **LATENT, **ROUTED),
+    "deepseek_v32": usual("deepseek_v32", **LATENT, **ROUTED, index_topk=8, index_head_dim=8, index_n_heads=2),
+    "dots1": usual("dots1", **ROUTED, num_local_experts=4, num_experts=4),
+    "ernie4_5_moe": usual("ernie4_5_moe", **ROUTED, num_local_experts=4, num_experts=4),
+    "exaone_moe": usual("exaone_moe", **ROUTED, num_local_experts=4, num_experts=4),
+    "flex_olmo": usual("flex_olmo", **ROUTED, num_local_experts=4, num_experts=4),
     "glm4_moe": usual("glm4_moe", **ROUTED),
+    "glm4_moe_lite": usual("glm4_moe_lite", **LATENT, **ROUTED),
     "glm_moe_dsa": usual("glm_moe_dsa", **LATENT, **ROUTED, index_topk=8, index_head_dim=8, index_n_heads=2),
     "gpt_oss": usual("gpt_oss", **LOCAL, **SLIDING),
     "granitemoe": usual("granitemoe", **LOCAL),
     "granitemoehybrid": usual(
         "granitemoehybrid", **LOCAL, **MAMBA2, shared_intermediate_size=16, layer_types=["mamba", "attention", "mamba"]
     ),
+    "granitemoeshared": usual("granitemoeshared", **ROUTED, num_local_experts=4, num_experts=4),
+    "hunyuan_v1_moe": usual("hunyuan_v1_moe", **ROUTED, num_local_experts=4, num_experts=4),
     "jamba": usual(
         "jamba",
         **MAMBA,
@@ -214,12 +232,80 @@ FAMILIES: dict[str, Family] = {
     "phimoe": usual("phimoe", **LOCAL),
     "qwen2_moe": usual("qwen2_moe", **EXPERTS, num_experts=4, shared_expert_intermediate_size=16),
     "qwen3_moe": usual("qwen3_moe", **EXPERTS, num_experts=4),
+    "qwen3_5_moe_text": usual("qwen3_5_moe_text", **DELTA, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16, layer_types=MIXED),
     "qwen3_next": usual("qwen3_next", **EXPERTS, **DELTA, num_experts=4, shared_expert_intermediate_size=16, layer_types=MIXED),
+    "solar_open": usual("solar_open", **ROUTED, num_local_experts=4, num_experts=4),
 }
+
+OTHER_NAMES = "stores its weights under other names than it runs with"
+VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
+QWEN_VISION = {"hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": WIDTH}
+
+
+def seeing(kind: str, vision: dict[str, Any], /, *text: dict[str, Any], **more: Any) -> Family:
+    """A language model with a vision tower."""
+    settings = {**USUAL, **SPECIAL}
+    for changes in text:
+        settings |= changes
+    return Family(kind, {"text_config": settings, "vision_config": vision, **more}, vision=True)
+
 
 REFUSED: dict[str, Family] = {
     "gpt2": of("gpt2", N_NAMES).refused_as("Conv1D stores the weight transposed"),
     "openai-gpt": of("openai-gpt", N_NAMES).refused_as("Conv1D stores the weight transposed"),
+    "deepseek_v4": usual(
+        "deepseek_v4",
+        **EXPERTS,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_key_value_heads=1,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+        hc_mult=2,
+        sliding_window=16,
+    ).refused_as(OTHER_NAMES),
+    "kimi_linear": usual(
+        "kimi_linear",
+        **EXPERTS,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        n_shared_experts=1,
+        linear_head_dim=8,
+        linear_num_heads=4,
+        layer_types=MIXED,
+    ).refused_as(OTHER_NAMES),
+    "nemotron_h": usual(
+        "nemotron_h",
+        **EXPERTS,
+        layers_block_type=["mamba", "attention", "moe"],
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        chunk_size=16,
+        n_routed_experts=4,
+        moe_shared_expert_intermediate_size=16,
+    ).refused_as(OTHER_NAMES),
+    "gemma3 with vision": seeing("gemma3", VISION, SLIDING, mm_tokens_per_image=4).refused_as(OTHER_NAMES),
+    "qwen3_5 with vision": seeing("qwen3_5", QWEN_VISION, DELTA, {"layer_types": MIXED}).refused_as(OTHER_NAMES),
+    "llama4 with vision": seeing(
+        "llama4",
+        {**VISION, "intermediate_size": 64, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        LOCAL,
+        {"intermediate_size_mlp": 48},
+    ).refused_as("expected exactly the tensors of the model that config.json describes"),
+    "llava": seeing("llava", {**VISION, "model_type": "clip_vision_model", "projection_dim": 16}, {"model_type": "llama"}).refused_as(
+        "expected a causal language model, got another kind of model"
+    ),
+    "qwen2_5_vl": seeing("qwen2_5_vl", QWEN_VISION).refused_as("expected a causal language model, got another kind of model"),
 }
 
 # Mixtures at the sizes they are published in: what differs from the defaults of their configuration classes. Depth does not matter

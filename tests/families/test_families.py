@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -153,9 +154,10 @@ def test_share(made: Made, found: page.Found) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, workshop: Path, found: page.Found) -> None:
-    with pytest.raises(ProxSparseError, match=REFUSED[name].refused) as caught:
+    said = REFUSED[name].refused
+    with pytest.raises(ProxSparseError, match=re.escape(said)):
         pruned(model_of(name, workshop))
-    found.refused[name] = page.reason(caught.value)
+    found.refused[name] = said
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
