@@ -21,7 +21,7 @@ from .models.checkpoint import one_line, stored_dtype
 from .models.loading import ModelSource, load_config, resolve_model
 from .models.selection import LayerPlan, plan_layers
 from .models.share import NOTHING, Share
-from .models.source import DEMO
+from .models.source import DEMO, without_weights
 from .pipeline import RunConfig, checked_seqlen
 from .training import memory
 from .training.loop import steps_of
@@ -232,12 +232,12 @@ def _remedied(run: RunPlan, model_config: Any, dtype: torch.dtype, settings: Pro
 
 
 def config_source(spec: str, revision: str | None) -> ModelSource:
-    """The model's configuration; of a Hub id only the small files are fetched, no weights.
+    """The model's configuration; a folder need hold no more, and of a Hub id only the small files are fetched.
 
     Raises: ModelError: no model, or it cannot be fetched.
     """
     if spec == DEMO or Path(spec).expanduser().exists():
-        return resolve_model(spec, revision=revision)
+        return without_weights(spec) or resolve_model(spec, revision=revision)
     from huggingface_hub import snapshot_download
 
     try:

@@ -129,4 +129,4 @@ def percent(share: float) -> str:
     """0.0317 -> 3.1 %; 100 % only where it is all, 0 % only where it is nothing."""
     if share in (0, 1):
         return f"{share:.0%}".replace("%", " %")
-    return "< 0.1 %" if share < 0.001 else f"{math.floor(1000 * share) / 10:.1f} %"
+    return "under 0.1 %" if share < 0.001 else f"{math.floor(1000 * share) / 10:.1f} %"
