@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .formats.folder import check_output, output_folder
-from .formats.manifest import write_manifest
+from .formats.manifest import DECODER, write_manifest
 from .formats.masks import load_masks
 from .methods.base import build_method
 from .methods.magnitude import magnitude_mask
@@ -73,7 +73,14 @@ def compare(
             # The folder as it will be called once the comparison is complete.
             record = dataclasses.replace(record, folder=config.output / name)
             rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
-        write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
+        write_manifest(
+            out,
+            {
+                "comparison": [_entry(row) for row in rows],
+                "perplexity": {"dense": inputs.dense_perplexity},
+                DECODER: inputs.plan.share().as_json(),
+            },
+        )
     write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
     return Comparison(inputs, tuple(rows))
 

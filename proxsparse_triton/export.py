@@ -14,7 +14,7 @@ from torch import nn
 from .errors import ConfigError, ModelError, OutputError
 from .formats.dense import write_pruned_model
 from .formats.folder import FILES, check_output, check_space, output_folder
-from .formats.manifest import PARAMETERS, WEIGHTS_UPDATED, write_manifest
+from .formats.manifest import DECODER, PARAMETERS, WEIGHTS_UPDATED, write_manifest
 from .formats.masks import save_masks
 from .formats.packed import WEIGHT, PackedModel, read_packed, write_packed_model
 from .formats.pruned import PrunedFolder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMATS = ("dense", "masks", "packed")
-CARRIED = ("model", "method", "perplexity")  # what the manifest of an export repeats of the run's
+CARRIED = ("model", "method", "perplexity", DECODER)  # what the manifest of an export repeats of the run's
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .evaluation.perplexity import perplexity
 from .evaluation.restore import restore_test
 from .formats.dense import check_parameters, write_pruned_model
 from .formats.folder import FILES, check_output, check_space, output_folder
-from .formats.manifest import write_manifest
+from .formats.manifest import DECODER, write_manifest
 from .formats.masks import save_masks
 from .formats.records import file_records
 from .formats.shards import MASKS_NAME
@@ -32,6 +32,7 @@ from .methods.base import Method, PruneResult, PruneTask, build_method
 from .methods.repair import Repair
 from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
 from .models.selection import LayerPlan, plan_layers
+from .models.share import NOTHING, Share
 from .progress import SILENT, Progress
 
 METRICS = "metrics.jsonl"
@@ -127,6 +128,7 @@ class RunRecord:
     peak_memory: int  # bytes: of the GPU where there is one, else of the process
     parameters: tuple[str, ...]
     summary: Mapping[str, object]
+    share: Share = NOTHING  # of the decoder's weights
 
     @property
     def repair(self) -> str | None:
@@ -235,10 +237,12 @@ def is_local(spec: str) -> bool:
 
 
 def describe(plan: LayerPlan, progress: Progress) -> None:
-    """The plan, before work starts: how many layers are pruned and why the others are not."""
+    """The plan, before work starts: how many layers and which share of the weights are pruned, and why the others are not."""
     chosen = [choice for choice in plan.choices if choice.selected]
-    weights = sum(choice.shape[0] * choice.shape[1] for choice in chosen)
-    progress.note(f"pruning {len(chosen)} of {len(plan.choices)} layers in {plan.blocks}: {weights / 1e6:.1f} M weights to 2:4")
+    weights, share = sum(choice.shape[0] * choice.shape[1] for choice in chosen), plan.share()
+    progress.note(f"pruning {len(chosen)} of {len(plan.choices)} layers in {plan.blocks}: {weights / 1e6:.1f} M weights to 2:4, {share}")
+    if share.warning:
+        progress.note(share.warning)
     for choice in plan.choices:
         if not choice.selected:
             progress.note(f"  skipped {choice.name} {list(choice.shape)}: {choice.reason}")
@@ -281,6 +285,7 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
             peak,
             tuple(result.masks),
             {"settings": dataclasses.asdict(method), **result.summary, **restored},  # type: ignore[call-overload]
+            inputs.plan.share(result.masks),
         )
         used = inputs if method.needs_calibration or config.repair is not None else dataclasses.replace(inputs, calibration=None)
         write_manifest(out, {**_manifest(config, used, result, record_), FILES: file_records(out)})
@@ -323,6 +328,7 @@ def _manifest(config: RunConfig, inputs: Inputs, result: PruneResult, record: Ru
         "device": config.place,
         "parameters": list(record.parameters),
         "weights_updated": result.weights is not None,
+        DECODER: record.share.as_json(),
         "skipped": {choice.name: choice.reason for choice in inputs.plan.choices if not choice.selected},
         "calibration": _text_entry(inputs.calibration),
         "evaluation": _text_entry(inputs.evaluation),

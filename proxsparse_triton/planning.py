@@ -20,7 +20,8 @@ from .methods.repair import Repair
 from .models.checkpoint import one_line, stored_dtype
 from .models.loading import ModelSource, load_config, resolve_model
 from .models.selection import LayerPlan, plan_layers
-from .models.source import DEMO
+from .models.share import NOTHING, Share
+from .models.source import DEMO, without_weights
 from .pipeline import RunConfig, checked_seqlen
 from .training import memory
 from .training.loop import steps_of
@@ -62,6 +63,7 @@ class MemoryPlan:
     seconds: float | None
     steps: int
     settings: ProxSparse  # with weight_bits, moments and checkpointing as they will be
+    share: Share = NOTHING  # of the decoder's weights that are pruned
 
     @property
     def peak(self) -> int:
@@ -114,7 +116,7 @@ def predict(
         more = steps_of(samples, loop.loop_config(samples))
         steps, seconds = steps + more, None if seconds is None else seconds + (_seconds(again, more, dtype, device_name) or 0.0)
         phases.append({**again.items, "masks": sum(model.get_parameter(name).numel() for name in pruned)})
-    return MemoryPlan(max(phases, key=lambda items: sum(items.values())), seconds, steps, settings)
+    return MemoryPlan(max(phases, key=lambda items: sum(items.values())), seconds, steps, settings, layers.share())
 
 
 def _least_squares(model: torch.nn.Module, layers: LayerPlan, tokens: int, config: Any) -> dict[str, int]:
@@ -230,12 +232,12 @@ def _remedied(run: RunPlan, model_config: Any, dtype: torch.dtype, settings: Pro
 
 
 def config_source(spec: str, revision: str | None) -> ModelSource:
-    """The model's configuration; of a Hub id only the small files are fetched, no weights.
+    """The model's configuration; a folder need hold no more, and of a Hub id only the small files are fetched.
 
     Raises: ModelError: no model, or it cannot be fetched.
     """
     if spec == DEMO or Path(spec).expanduser().exists():
-        return resolve_model(spec, revision=revision)
+        return without_weights(spec) or resolve_model(spec, revision=revision)
     from huggingface_hub import snapshot_download
 
     try:

@@ -65,7 +65,7 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
 
     from .console import figure, print_table, size
 
-    inputs = result.inputs
+    inputs, share = result.inputs, result.inputs.plan.share()
     if as_json:
         rows = [
             {
@@ -75,10 +75,12 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
                 "peak_memory_bytes": row.record.peak_memory,
                 "magnitude_agreement": row.magnitude_agreement,
                 "repair": row.record.repair,
+                "share": row.record.share.fraction,
             }
             for row in result.rows
         ]
-        click.echo(json.dumps({"model": model, "dense_perplexity": inputs.dense_perplexity, "rows": rows}, indent=2))
+        report = {"model": model, "dense_perplexity": inputs.dense_perplexity, "decoder": share.as_json(), "rows": rows}
+        click.echo(json.dumps(report, indent=2))
         return
     table = [("dense", "the original model", figure(inputs.dense_perplexity), "", "", "")]
     for row in result.rows:
@@ -103,6 +105,8 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
         f"{model}: 2 of every 4 weights removed",
         ("method", "how it chooses", "perplexity", "time", "peak memory", "same blocks as magnitude"),
         table,
-        note=measured + learnt,
+        note=f"{measured}{learnt}Pruned to 2:4 is {share}.",
         left=2,
     )
+    if share.warning:
+        click.echo(share.warning)

@@ -94,12 +94,14 @@ def evaluate(**options: Any) -> None:
     _check_usage(settings)
 
     from ..evaluation.harness import load_tasks
+    from ..formats.verify import recorded_share
     from ..models.loading import load_tokenizer
     from .console import console_progress
 
     place = _place(settings.device)
     notes = _Notes()
     source = _source(settings.path)
+    share = recorded_share(source.folder)
     dense = _dense_source(settings, source, notes)
     seqlen = _seqlen(settings, [source] if dense is None else [source, dense])
     tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code, progress=notes)
@@ -112,11 +114,13 @@ def evaluate(**options: Any) -> None:
 
     measured = _measure(settings, source, tokenizer, texts=texts, suite=suite, place=place)
     original = None if dense is None else _measure(settings, dense, tokenizer, texts=texts, suite=suite, place=place)
-    report = _report(texts, measured, original)
+    report = {**_report(texts, measured, original), "decoder": None if share is None else share.as_json()}
     if settings.as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        _print(report)
+        _print(report, "" if share is None else f"Pruned to 2:4 is {share}.")
+        if share is not None and share.warning:
+            click.echo(share.warning)
 
 
 def _check_usage(settings: _Settings) -> None:
@@ -330,8 +334,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _print(report: Mapping[str, Any]) -> None:
-    """The report as one table on stdout."""
+def _print(report: Mapping[str, Any], share: str = "") -> None:
+    """The report as one table on stdout. share: a sentence on what is 2:4, empty where nothing is known."""
     from .console import print_table
 
     compared = report["dense"] is not None
@@ -342,7 +346,7 @@ def _print(report: Mapping[str, Any]) -> None:
         if tasks["mean"] is not None and len(tasks["scores"]) > 1:
             name = f"mean of {len(tasks['scores'])} tasks, acc"
             rows.append((name, _number(tasks.get("dense_mean"), 4), _number(tasks["mean"], 4), _per_cent(tasks.get("recovery"))))
-    remarks = []
+    remarks = [share] if share else []
     if report["perplexity"]:
         remarks.append("Perplexity: lower is better.")
     if tasks is not None:

@@ -43,6 +43,13 @@ class _RepairKind(click.Choice):  # type: ignore[type-arg]
         return super().convert(value, param, ctx)
 
 
+def _output(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Required, but where nothing is written: what was given on the command line has been read before what was not."""
+    if value is None and not ctx.params.get("plan") and not ctx.resilient_parsing:
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return value
+
+
 # Options that belong to a method: its dataclass has a field of the same name. None means "the method's default".
 METHOD_OPTIONS = (
     click.option("--recipe", type=click.Choice(["auto", "paper"]), help="proxsparse: nothing to tune, or as published. Default: auto."),
@@ -97,7 +104,7 @@ METHOD_FIELDS = (
 )
 
 RUN_OPTIONS = (
-    click.option("-o", "--output", required=True, metavar="RUN", help="Folder to write; must not exist, or be empty."),
+    click.option("-o", "--output", callback=_output, metavar="RUN", help="Folder to write; must not exist, or be empty.  [required]"),
     click.option(
         "--calibration", metavar="SRC", help="c4, wikitext2, stdlib, a Hub dataset, a file or folder. [default: c4; demo: stdlib]"
     ),
@@ -167,7 +174,7 @@ def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
         calibration = "stdlib" if model == "demo" else "c4"
     return RunConfig(
         model=model,
-        output=Path(options.pop("output")),
+        output=Path(options.pop("output") or "."),  # a plan has none, and writes nothing
         calibration=calibration,
         evaluation_windows=options.pop("eval_windows"),
         command=shlex.join(["pst", *sys.argv[1:]]),

@@ -73,13 +73,17 @@ def _print_plan(run: RunPlan, model: str, as_json: bool) -> None:
             "settings": _choices(plan),
             "change": list(run.change),
             "changed_peak_bytes": None if run.changed is None else run.changed.peak,
+            "decoder": plan.share.as_json(),
         }
         click.echo(json.dumps(report, indent=2))
         return
     rows = [(name, size(count)) for name, count in plan.items.items() if count]
     rows += [("peak", size(plan.peak)), ("time", _time(plan))]
     rows += [(name.replace("_", "-"), str(value)) for name, value in _choices(plan).items()]
+    rows += [("weights pruned to 2:4", str(plan.share))]
     print_table(f"plan of {model}: {plan.steps} steps", ("", "predicted"), rows)
+    if plan.share.warning:
+        click.echo(plan.share.warning)
     click.echo(_verdict(run))
 
 
@@ -120,15 +124,19 @@ def _print(record: RunRecord, as_json: bool) -> None:
             "seconds": round(record.seconds, 3),
             "peak_memory_bytes": record.peak_memory,
             "layers": len(record.parameters),
+            "decoder": record.share.as_json(),
         }
         click.echo(json.dumps(report, indent=2))
         return
     repaired = "" if record.repair is None else f", repaired ({record.repair})"
     rows = [
         ("layers pruned to 2:4", str(len(record.parameters))),
+        ("weights pruned to 2:4", str(record.share)),
         ("perplexity, dense", figure(record.dense_perplexity)),
         (f"perplexity, {record.method}{repaired}", figure(record.perplexity)),
         ("seconds", f"{record.seconds:.1f}"),
         ("peak memory", size(record.peak_memory)),
     ]
     print_table(str(record.folder), ("", "value"), rows)
+    if record.share.warning:
+        click.echo(record.share.warning)

@@ -48,7 +48,7 @@ def _print_json(report: VerifyReport) -> None:
     import dataclasses
     import json
 
-    click.echo(json.dumps({"ok": report.ok, **dataclasses.asdict(report)}, indent=2))
+    click.echo(json.dumps({"ok": report.ok, **dataclasses.asdict(report), "decoder": report.decoder.as_json()}, indent=2))
 
 
 def _print_report(report: VerifyReport) -> None:
@@ -60,7 +60,7 @@ def _print_report(report: VerifyReport) -> None:
     rows = [[*_row(layer, report), "ok" if not layer.problem else "wrong"] for layer in report.layers]
     print_table(report.path, [*columns, "2:4"], rows)
     passed = sum(layer.wrong_blocks == 0 for layer in report.layers)
-    notes = [f"{passed} of {len(report.layers)} layers are 2:4"]
+    notes = [f"{passed} of {len(report.layers)} layers are 2:4, {report.decoder}"]
     negative = sum(layer.negative_zeros for layer in report.layers)
     if negative:
         notes.append(f"{negative} weights are -0.0, which some 2:4 tools take for kept ones")
@@ -69,6 +69,8 @@ def _print_report(report: VerifyReport) -> None:
         how = "as its method does" if report.weights_updated else "which it must not"
         notes.append(f"{changed} kept weights differ from {report.original}, {how}" if changed else f"kept weights equal {report.original}")
     click.echo("; ".join(notes))
+    if report.decoder.warning:
+        click.echo(report.decoder.warning)
 
 
 def _row(layer: LayerReport, report: VerifyReport) -> list[str]:

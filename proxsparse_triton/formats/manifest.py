@@ -1,7 +1,8 @@
 """`manifest.json`: everything needed to understand and repeat a run, as plain JSON.
 
-The caller decides what stands in it. Two keys are read back by `verify`, where present:
-`parameters`, the names of the masked parameters, and `weights_updated`, true when the method changed kept weights.
+The caller decides what stands in it. Three keys are read back, where present: by `verify` `parameters`, the names of the masked
+parameters, and `weights_updated`, true when the method changed kept weights; by `pst eval` and the report `decoder`, the share of the
+decoder's weights that is 2:4 (`models/share.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .folder import MANIFEST_NAME, TOOL, atomic_file
 
 PARAMETERS = "parameters"
 WEIGHTS_UPDATED = "weights_updated"
+DECODER = "decoder"
 
 
 def versions() -> dict[str, str]:

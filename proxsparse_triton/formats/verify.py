@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models.share import Share, read_share, share_of, weights_in_files
 from ..progress import SILENT, Progress
 from ..sparsity import BLOCK, KEPT, count_negative_zeros, kept_per_block
 from .folder import is_run
-from .manifest import WEIGHTS_UPDATED, read_manifest
+from .manifest import DECODER, PARAMETERS, WEIGHTS_UPDATED, read_manifest
 from .masks import StoredMasks
 from .packed import PackedModel, is_packed_folder, read_packed
 from .pruned import listed_parameters
@@ -53,6 +54,7 @@ class VerifyReport:
     weights_updated: bool  # the manifest says that the method changes kept weights
     layers: tuple[LayerReport, ...]
     problems: tuple[str, ...]
+    decoder: Share  # how much of it was found 2:4; its size is the manifest's, or by names and shapes in the files
 
     @property
     def ok(self) -> bool:
@@ -100,7 +102,34 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
         problems += changed_weights(path, manifest)
     if before is not None:
         problems += before.other_problems({layer.name for layer in layers}, files)
-    return VerifyReport(str(path), None if original is None else str(original), bool(masks), updated, tuple(layers), tuple(problems))
+    return VerifyReport(
+        path=str(path),
+        original=None if original is None else str(original),
+        masks=bool(masks),
+        weights_updated=updated,
+        layers=tuple(layers),
+        problems=tuple(problems),
+        decoder=_share(files, [layer.name for layer in layers if layer.wrong_blocks == 0], read_share(manifest.get(DECODER))),
+    )
+
+
+def recorded_share(path: Path) -> Share | None:
+    """How much of the decoder is 2:4 by the folder's own record (manifest, masks, packed layers); None where it has none.
+
+    Raises: ModelError: see `verify_folder`; no tensor is read.
+    """
+    manifest = read_manifest(path) if is_run(path) else {}
+    if (share := read_share(manifest.get(DECODER))) is not None:
+        return share
+    if not (manifest.get(PARAMETERS) or (path / MASKS_NAME).exists() or is_packed_folder(path)):
+        return None
+    files, _, listed = _opened(path, manifest)
+    return _share(files, list(resolve_names("verify", listed, files.shapes).values()))
+
+
+def _share(files: _Tensors, pruned: Sequence[str], recorded: Share | None = None) -> Share:
+    found = share_of(weights_in_files(files.shapes, pruned), pruned)
+    return found if recorded is None else replace(recorded, pruned=found.pruned)
 
 
 def _opened(path: Path, manifest: Mapping[str, Any]) -> tuple[_Tensors, Mapping[str, Tensor], list[str]]:

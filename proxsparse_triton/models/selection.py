@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from ..sparsity import BLOCK
+from .share import OTHER_TOWERS, Share, share_of
 
 FUSED = "fused experts (3-D parameter): not an nn.Linear"
 STACKED = "3-D parameter: not an nn.Linear"
+OTHER_FORWARD = "computes something else than nn.Linear with its weight"
 TRANSPOSED = "Conv1D stores the weight transposed (GPT-2): not supported"
 HEAD = "output head"
 OUTSIDE = "not inside the decoder blocks"
 ROUTER = "router of a mixture of experts: few weights that steer all others (select it with --include)"
 UNMATCHED = "matched no --include"
+NO_LAYER = "not a linear layer"
+LEFT_OUT = "left dense by the method"
 
-OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
 ROUTER_NAME = re.compile(r"router|gating")
 GATE_NAME = re.compile(r"gate|\w+_gate")
 
-Kind = Literal["linear", "conv1d", "fused", "stacked"]
-OBSTACLES: dict[Kind, str] = {"conv1d": TRANSPOSED, "fused": FUSED, "stacked": STACKED}
+Kind = Literal["linear", "other", "conv1d", "fused", "stacked"]
+OBSTACLES: dict[Kind, str] = {"other": OTHER_FORWARD, "conv1d": TRANSPOSED, "fused": FUSED, "stacked": STACKED}
 
 
 @dataclass(frozen=True)
@@ -45,38 +50,56 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Every matrix of a model with the decision on it, in model order. blocks: name of the list of decoder blocks."""
+    """Every matrix of a model with the decision on it, in model order, a shared one once.
+
+    blocks: name of the list of decoder blocks. weights: of each 2-D and 3-D parameter inside them, by its name.
+    """
 
     choices: tuple[LayerChoice, ...]
     blocks: str
+    weights: Mapping[str, int] = field(default_factory=dict)
 
     def selected(self) -> list[str]:
         """Module names of the layers to prune, in model order; their parameters are `{name}.weight`."""
         return [choice.name for choice in self.choices if choice.selected]
 
+    def share(self, pruned: Collection[str] | None = None) -> Share:
+        """How much of the decoder is 2:4. pruned: parameter names; None: those of all selected layers."""
+        names = [f"{name}.weight" for name in self.selected()] if pruned is None else pruned
+        # Of experts the choice bears the parameter's own name.
+        reasons = {name: choice.reason or LEFT_OUT for choice in self.choices for name in (choice.name, f"{choice.name}.weight")}
+        return share_of(self.weights, names, reasons, NO_LAYER)
+
 
 @dataclass(frozen=True)
 class _Matrix:
-    name: str
+    """names: of all modules that hold the weight, the first one's is the matrix's."""
+
+    names: tuple[str, ...]
     kind: Kind
     weight: Tensor
     block: int | None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
 
 def plan_layers(model: nn.Module, *, include: Sequence[str] = (), skip: Sequence[str] = ()) -> LayerPlan:
     """Decide on every nn.Linear, Conv1D and 3-D parameter (fused experts) of the model.
 
     By default each nn.Linear inside the decoder blocks is selected, except the routers of a mixture of experts. A weight that
-    several modules share is handled once, and not at all if one of them is an embedding or lies outside the blocks.
+    several modules share is handled once, under the first one's name, and not at all if one of them is an embedding or lies outside
+    the blocks.
 
     Args:
-        include: regular expressions (re.search on the module name): only layers that match one, wherever they are.
-        skip: regular expressions of layers to leave dense; they win over `include`.
+        include: regular expressions (re.search on the module names): only layers that match one, wherever they are.
+        skip: regular expressions of layers to leave dense, under any of their names; they win over `include`.
     Raises: ConfigError: an expression that does not compile or matches no layer. ModelError: no decoder blocks, nothing left to prune.
     """
     blocks, _ = decoder_blocks(model)
     matrices = list(_matrices(model, blocks))
-    names = [matrix.name for matrix in matrices]
+    names = [name for matrix in matrices for name in matrix.names]
     included, skipped = _compiled("--include", include, names), _compiled("--skip", skip, names)
     owners = _owners(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -85,16 +108,16 @@ def plan_layers(model: nn.Module, *, include: Sequence[str] = (), skip: Sequence
     for matrix in matrices:
         name, inside = matrix.name, matrix.block is not None
         router_at = _router_at(model, name, blocks) if inside else None
-        reason = _matched_skip(name, skipped)
-        if not reason and not inside and not _named(included, name, name.rfind(".") + 1):
+        reason = _matched_skip(matrix.names, skipped)
+        if not reason and not inside and not any(_named(included, each, each.rfind(".") + 1) for each in matrix.names):
             reason = HEAD if name in heads else OUTSIDE
-        if not reason and included and not _named(included, name):
+        if not reason and included and not any(_named(included, each) for each in matrix.names):
             reason = UNMATCHED
         if not reason and router_at is not None and not _named(included, name, router_at):
             reason = ROUTER
         reason = reason or _obstacle(matrix, owners, blocks)
         choices.append(LayerChoice(name, _shape(matrix.weight), not reason, reason, matrix.block))
-    plan = LayerPlan(tuple(choices), blocks)
+    plan = LayerPlan(tuple(choices), blocks, _weights_inside(model, blocks))
     if not plan.selected():
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
         raise ModelError(
@@ -129,13 +152,57 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(pool, key=lambda item: (bool(OTHER_TOWERS.search(item[0])), item[0].count("."), -len(item[1])))
 
 
+def computes_linear(module: nn.Module) -> bool:
+    """True if the module's class computes x W^T + b, from its weight and bias and nothing else, as nn.Linear does.
+
+    So do nn.Linear, subclasses that keep its `forward`, and those whose own one only repeats it (FalconLinear); only of such a layer do
+    masks, input norms and packed weights mean what they say. Not judged: hooks, or a `forward` set on the instance.
+    """
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or _repeats_linear(kind))
+
+
+@cache
+def _repeats_linear(kind: type[nn.Linear]) -> bool:
+    """Whether `kind.forward` is nn.Linear's, up to rounding.
+
+    It is called on an object that has a weight and a bias but none of the class's other attributes: a forward that reads one fails. What
+    is left can depend on the inputs alone, and is compared on random ones of several ranks and sizes, in fp64.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    twin = object.__new__(kind)
+    nn.Module.__init__(twin)
+    twin.in_features, twin.out_features = 8, 12
+    twin.weight = nn.Parameter(random(12, 8))
+    with torch.no_grad():
+        for bias in (None, nn.Parameter(random(12))):
+            twin.register_parameter("bias", bias)
+            for training in (False, True):
+                twin.training = training
+                for shape, size in (((8,), 1.0), ((5, 8), 1e-6), ((2, 4, 8), 1e6), ((1, 2, 3, 8), 1.0)):
+                    x = size * random(*shape)
+                    try:
+                        found = kind.forward(twin, x)
+                    except Exception:  # whatever somebody's layer raises: it wants more than a weight and a bias
+                        return False
+                    right = nn.functional.linear(x, twin.weight, bias)
+                    same = isinstance(found, Tensor) and found.dtype == right.dtype and found.shape == right.shape
+                    if not same or not torch.allclose(found, right, rtol=1e-12, atol=1e-12 * size):
+                        return False
+    return True
+
+
 def _own_matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Kind, Tensor]]:
     """Name, kind and weight of each prunable-looking matrix below `module`, shared ones under each of their names."""
     from transformers.pytorch_utils import Conv1D
 
     for name, child in module.named_modules(prefix=prefix, remove_duplicate=False):
         if isinstance(child, nn.Linear):
-            yield name, "linear", child.weight
+            yield name, "linear" if computes_linear(child) else "other", child.weight
         elif isinstance(child, Conv1D):
             yield name, "conv1d", child.weight
         elif not isinstance(child, nn.modules.conv._ConvNd):  # whose weights are 3-D as well
@@ -146,9 +213,18 @@ def _own_matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Ki
 
 
 def _matrices(model: nn.Module, blocks: str) -> Iterator[_Matrix]:
+    """Each parameter once, under the names of all modules that hold it."""
+    found: dict[int, tuple[list[str], Kind, Tensor]] = {}
     for name, kind, weight in _own_matrices(model):
-        inside = name.startswith(f"{blocks}.")
-        yield _Matrix(name, kind, weight, int(name[len(blocks) + 1 :].split(".")[0]) if inside else None)
+        found.setdefault(id(weight), ([], kind, weight))[0].append(name)
+    for names, kind, weight in found.values():
+        inside = names[0].startswith(f"{blocks}.")
+        yield _Matrix(tuple(names), kind, weight, int(names[0][len(blocks) + 1 :].split(".")[0]) if inside else None)
+
+
+def _weights_inside(model: nn.Module, blocks: str) -> dict[str, int]:
+    inside = ((name, parameter) for name, parameter in model.named_parameters() if name.startswith(f"{blocks}."))
+    return {name: parameter.numel() for name, parameter in inside if parameter.dim() in (2, 3)}
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
@@ -156,16 +232,16 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, bool]]]:
-    """For each parameter (by identity) the modules that hold it: (name, is a Linear), in model order."""
+    """For each parameter (by identity) the modules that hold it: (name, computes as nn.Linear), in model order."""
     owners: dict[int, list[tuple[str, bool]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((name, isinstance(module, nn.Linear)))
+            owners.setdefault(id(parameter), []).append((name, computes_linear(module)))
     return owners
 
 
-def _matched_skip(name: str, skipped: Sequence[re.Pattern[str]]) -> str:
-    regex = next((regex for regex in skipped if regex.search(name)), None)
+def _matched_skip(names: Sequence[str], skipped: Sequence[re.Pattern[str]]) -> str:
+    regex = next((regex for regex in skipped if any(regex.search(name) for name in names)), None)
     return f"matched --skip {regex.pattern}" if regex else ""
 
 
@@ -181,11 +257,8 @@ def _obstacle(matrix: _Matrix, owners: dict[int, list[tuple[str, bool]]], blocks
     """Why this matrix cannot be pruned at all; "" if it can."""
     if matrix.kind != "linear":
         return OBSTACLES[matrix.kind]
-    earlier = True
     for name, is_linear in owners[id(matrix.weight)]:
-        if name == matrix.name:
-            earlier = False
-        elif earlier or not is_linear or (matrix.block is not None and not name.startswith(f"{blocks}.")):
+        if name != matrix.name and (not is_linear or (matrix.block is not None and not name.startswith(f"{blocks}."))):
             return f"shares its weight with {name}"
     in_features = matrix.weight.shape[-1]
     return f"in_features {in_features} not divisible by {BLOCK}" if in_features % BLOCK else ""

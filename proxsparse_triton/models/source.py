@@ -72,6 +72,15 @@ def resolve_model(spec: str, *, revision: str | None = None) -> ModelSource:
     return ModelSource(spec, local, None, _checked_files(local))
 
 
+def without_weights(spec: str) -> ModelSource | None:
+    """The source of a local folder that has config.json but no weights; None for anything else. Raises: ModelError: see `resolve_model`."""
+    folder = _local_path(spec)
+    if folder is None or not (folder / CONFIG).is_file():
+        return None
+    config, names = _checked_config(folder), {path.name for path in folder.iterdir()}
+    return None if ADAPTER in names or weight_entry(config, names) else ModelSource(spec, folder, None, ())
+
+
 def file_hashes(source: ModelSource) -> dict[str, str]:
     """File name -> SHA-256 (hex) of config.json and of every weight file, for a run's record."""
     hashes = {}

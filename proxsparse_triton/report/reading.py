@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..models.share import Share, read_share
 
 TOOL = "proxsparse-triton"
 MANIFEST, METRICS, MASKS = "manifest.json", "metrics.jsonl", "masks.safetensors"
@@ -101,6 +102,11 @@ class Run:
     def layers(self) -> int | None:
         names = self.manifest.get("parameters")
         return len(names) if isinstance(names, list) else None
+
+    @property
+    def share(self) -> Share | None:
+        """How much of the decoder is 2:4; None where the manifest does not say."""
+        return read_share(self.manifest.get("decoder"))
 
     @property
     def command(self) -> str | None:

@@ -53,6 +53,8 @@ def lead(run: Run) -> str:
         said.append(f"Calibrated on {calibrated}.")
     if run.manifest:
         said.append(_weights(run))
+    if run.share is not None:
+        said.append(run.share.warning or f"Pruned to 2:4 is {run.share}.")
     how = recipe(run)
     return (f'<p class="lead">{escape(" ".join(said))}</p>' if said else "") + (f'<p class="muted">{escape(how)}</p>' if how else "")
 
@@ -85,6 +87,7 @@ def tiles(run: Run) -> str:
         ("time of the method", duration(run.seconds), _device(run), run.seconds),
         ("peak memory", size(run.peak_memory), "of the process" if run.manifest.get("gpu") is None else "of the GPU", run.peak_memory),
         ("layers pruned to 2:4", f"{run.layers:,}" if run.layers is not None else "", _skipped(run), run.layers),
+        ("weights pruned to 2:4", percent(None if run.share is None else run.share.fraction), "of the decoder", run.share),
         ("2:4 blocks after the last step", percent(share), plural(run.steps.rows, "step"), share),
     ]
     parts = [

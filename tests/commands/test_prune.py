@@ -77,6 +77,7 @@ def test_json_for_machines(text: str, tmp_path: Path) -> None:
         "seconds": manifest["seconds"],
         "peak_memory_bytes": manifest["peak_memory_bytes"],
         "layers": 28,
+        "decoder": manifest["decoder"],
     }
 
 
@@ -146,6 +147,22 @@ def test_plan_prints_and_does_nothing(tmp_path: Path) -> None:
         assert "give its size with --gpu-memory GB" in out
         assert "not known for this device" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_needs_no_output_and_no_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "config alone"
+    folder.mkdir()
+    shutil.copy(ASSET / "config.json", folder)
+    result = run(folder, "--plan", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["decoder"]["share"] == 1.0
+    assert plan["items"] == json.loads(run("demo", "--plan", "--json").stdout)["items"]
+    result = run("demo", "--method", "magnitude")
+    assert (result.exit_code, "Missing option '-o'" in result.output) == (2, True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert "expected dense weights, got a quantised model (fp8)" in run(folder, "--plan").output
 
 
 def test_plan_says_whether_it_fits_and_what_to_change(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_good_run_prints_a_table(finished: Path) -> None:
     result = CliRunner().invoke(main, ["verify", str(finished), "--original", "demo"])
     assert result.exit_code == 0, result.output
     assert LAYER in result.stdout
-    assert "1 of 1 layers are 2:4; kept weights equal" in result.stdout
+    assert "1 of 1 layers are 2:4, 6.0 % of the decoder's weights; kept weights equal" in result.stdout
     assert result.stderr == ""
 
 

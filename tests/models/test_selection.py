@@ -8,7 +8,17 @@ import transformers
 from torch import nn
 
 from proxsparse_triton.errors import ConfigError, ModelError
-from proxsparse_triton.models.selection import HEAD, OUTSIDE, ROUTER, TRANSPOSED, UNMATCHED, LayerPlan, decoder_blocks, plan_layers
+from proxsparse_triton.models.selection import (
+    HEAD,
+    OUTSIDE,
+    ROUTER,
+    TRANSPOSED,
+    UNMATCHED,
+    LayerPlan,
+    computes_linear,
+    decoder_blocks,
+    plan_layers,
+)
 
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
 GATED = {**WIDTHS, "num_key_value_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
@@ -234,8 +244,7 @@ def test_shared_weights_are_handled_once() -> None:
     found = reasons(plan)
     assert found["model.layers.1.mlp.down_proj"] == "shares its weight with model.layers.1.table"
     assert found["model.layers.0.mlp.up_proj"] == found["model.layers.0.self_attn.q_proj"] == ""
-    assert found["model.layers.1.mlp.up_proj"] == "shares its weight with model.layers.0.mlp.up_proj"
-    assert found["model.layers.1.self_attn.q_proj"] == "shares its weight with model.layers.0.self_attn.q_proj"
+    assert not {"model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"} & set(found)
     assert found["model.layers.0.mlp.gate_proj"] == "shares its weight with extra"
     weights = [id(model.get_submodule(name).weight) for name in plan.selected()]
     assert len(weights) == len(set(weights)) == 7
@@ -288,3 +297,75 @@ def test_blocks_without_a_config() -> None:
             self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.ModuleList([nn.Linear(4, 4)] * 9)) for _ in range(3)])
 
     assert decoder_blocks(Plain())[0] == "blocks"
+
+
+class Repeats(nn.Linear):
+    """As Falcon's: the same product by other words."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Keeps(nn.Linear):
+    """Another name, the same forward."""
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: one product for each group of inputs."""
+
+    groups = 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        w = self.weight.view(self.groups, -1, x.shape[-1]).transpose(1, 2)
+        return torch.bmm(x.reshape(-1, self.groups, x.shape[-1]).transpose(0, 1), w).transpose(0, 1)
+
+
+class Scaled(nn.Linear):
+    """Like nn.Linear only for this value of what it was built with."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) * self.scale
+
+
+class Clipped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x).clamp(-448, 448)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + (torch.rand(()) if self.training else 0)
+
+
+class Coarse(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Keeps, Repeats])
+def test_layers_that_compute_as_linear(kind: type[nn.Linear]) -> None:
+    assert computes_linear(kind(8, 12))
+    with torch.device("meta"):
+        assert computes_linear(kind(8, 12, bias=False))
+
+
+@pytest.mark.parametrize("kind", [Grouped, Scaled, Clipped, Noisy, Coarse, nn.Identity])
+def test_layers_that_compute_something_else(kind: type[nn.Linear]) -> None:
+    assert not computes_linear(kind(8, 12))
+
+
+def test_a_linear_with_another_forward_stays_dense() -> None:
+    model = llama()
+    layers = model.model.layers
+    layers[0].mlp.up_proj, layers[1].mlp.up_proj = Grouped(16, 24), Repeats(16, 24)
+    layers[1].mlp.gate_proj.weight = layers[0].mlp.up_proj.weight  # its holders must all compute as nn.Linear
+    plan = plan_layers(model)
+    found = reasons(plan)
+    assert found["model.layers.0.mlp.up_proj"] == "computes something else than nn.Linear with its weight"
+    assert "model.layers.1.mlp.gate_proj" not in found  # a weight is named once
+    assert len(plan.selected()) == 12
+    assert "model.layers.1.mlp.up_proj" in plan.selected()
