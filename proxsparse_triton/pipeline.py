@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .calibration.sources import TextSource, open_source
 from .calibration.windows import Windows, calibration_windows, evaluation_windows
@@ -31,11 +31,13 @@ from .formats.shards import MASKS_NAME
 from .methods.base import Method, PruneResult, PruneTask, build_method
 from .methods.repair import Repair
 from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
-from .models.selection import LayerPlan, plan_layers
+from .models.reading import unread
+from .models.selection import UNREAD, LayerPlan, plan_layers
 from .models.share import NOTHING, Share
 from .progress import SILENT, Progress
 
 METRICS = "metrics.jsonl"
+LOOKED_AT = 128  # windows, before a layer that none of them reads is left dense
 DEFAULT_SEQLEN = 4096  # the paper's context, or the model's limit where that is less
 EVALUATION_WINDOWS = 128
 BUILT_IN_TEXTS = ("c4", "wikitext2", "stdlib")
@@ -161,6 +163,7 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     calibration, evaluation = read_text(config, tokenizer, seqlen, needs_text, progress)
     model = load_model(source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
     plan = plan_layers(model, include=config.include, skip=config.skip)
+    plan = _without_unread(model, plan, next((text.tokens for text in (calibration, evaluation) if text is not None), ()))
     check_parameters(source.weight_files, {f"{choice.name}.weight": choice.shape for choice in plan.choices if choice.selected})
     for method in methods:
         method.check(plan)
@@ -170,6 +173,13 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     describe(plan, progress)
     dense = None if evaluation is None else perplexity(model, evaluation.tokens, progress=progress)
     return model, Inputs(source, calibration, evaluation, plan, dense)
+
+
+def _without_unread(model: nn.Module, plan: LayerPlan, windows: Sequence[Tensor]) -> LayerPlan:
+    """The plan without layers of which the text can say nothing, since no forward pass reads them."""
+    parameters = {name: model.get_submodule(name).weight for name in plan.selected()}
+    unseen = unread(model, cast(dict[str, nn.Parameter], parameters), windows[:LOOKED_AT]) if windows else []
+    return plan.without(unseen, UNREAD) if unseen else plan
 
 
 def checked_seqlen(seqlen: int | None, config: Any) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .modes import evaluating
 
 Reader = Callable[[nn.Parameter], Tensor]
+PROBE = 64  # tokens of the first pass that looks for readers
 
 
 @contextmanager
@@ -48,9 +49,9 @@ def read_as(model: nn.Module, readers: Mapping[nn.Parameter, Reader]) -> Iterato
 
 
 def unread(model: nn.Module, parameters: Mapping[str, nn.Parameter], windows: Sequence[Tensor]) -> list[str]:
-    """Names of the parameters that no forward pass over the windows reads, in eval and, where that reads too little, in train mode.
+    """Names of the parameters that no forward pass over the windows reads, in eval mode, nor over the first one in train mode.
 
-    Stops as soon as all were read, which for most models is the first window.
+    Stops as soon as all were read, which for most models is after the first tokens: so those come first, in a pass of their own.
 
     Args: parameters: any name -> parameter of `model`. windows: int64 [tokens], on any device.
     """
@@ -62,12 +63,12 @@ def unread(model: nn.Module, parameters: Mapping[str, nn.Parameter], windows: Se
         return parameter
 
     with torch.no_grad(), read_as(model, {p: partial(reader, name) for name, p in parameters.items()}):
-        for training in (False, True):
-            for window in windows if not training else windows[:1]:
-                if not left:
-                    return []
-                with evaluating(model, not training):
-                    model(input_ids=window[None].to(device), use_cache=False)
+        passes = [(window[:PROBE], True) for window in windows[:1]] + [(windows[0], False)] * bool(windows) + [(w, True) for w in windows]
+        for window, evaluates in passes:
+            if not left:
+                break
+            with evaluating(model, evaluates):
+                model(input_ids=window[None].to(device), use_cache=False)
     return list(left)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ ROUTER = "router of a mixture of experts: few weights that steer all others (sel
 UNMATCHED = "matched no --include"
 NO_LAYER = "not a linear layer"
 LEFT_OUT = "left dense by the method"
+UNREAD = "no forward pass over the text reads its weight"
 
 ROUTER_NAME = re.compile(r"router|gating")
 GATE_NAME = re.compile(r"gate|\w+_gate")
@@ -62,6 +63,14 @@ class LayerPlan:
     def selected(self) -> list[str]:
         """Module names of the layers to prune, in model order; their parameters are `{name}.weight`."""
         return [choice.name for choice in self.choices if choice.selected]
+
+    def without(self, names: Collection[str], reason: str) -> LayerPlan:
+        """The plan with these layers left dense. ModelError: then nothing is left to prune."""
+        choices = tuple(replace(choice, selected=False, reason=reason) if choice.name in names else choice for choice in self.choices)
+        plan = replace(self, choices=choices)
+        if not plan.selected():
+            raise ModelError(f"plan_layers: expected at least one layer to prune, got none: {reason}. Choose other layers with --include.")
+        return plan
 
     def share(self, pruned: Collection[str] | None = None) -> Share:
         """How much of the decoder is 2:4. pruned: parameter names; None: those of all selected layers."""
