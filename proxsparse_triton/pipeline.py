@@ -30,6 +30,7 @@ from .formats.records import file_records
 from .formats.shards import MASKS_NAME
 from .methods.base import Method, PruneResult, PruneTask, build_method
 from .methods.repair import Repair
+from .models.finite import check_finite
 from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
 from .models.reading import unread
 from .models.selection import UNREAD, LayerPlan, plan_layers
@@ -163,6 +164,7 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     calibration, evaluation = read_text(config, tokenizer, seqlen, needs_text, progress)
     model = load_model(source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
     plan = plan_layers(model, include=config.include, skip=config.skip)
+    check_finite("prune", model)
     plan = _without_unread(model, plan, next((text.tokens for text in (calibration, evaluation) if text is not None), ()))
     check_parameters(source.weight_files, {f"{choice.name}.weight": choice.shape for choice in plan.choices if choice.selected})
     for method in methods:

@@ -42,9 +42,9 @@ class PruneTask:
         prefix = f"{self.plan.blocks}.{block}."
         return {name: linear for name, linear in self.linears().items() if name.startswith(prefix)}
 
-    def unseen(self, name: str) -> None:
-        """Notes that a layer's inputs say nothing about its weights: experts of a mixture that were never chosen."""
-        self.progress.note(f"{name}: no input other than zero reached it in the calibration text. It is pruned by magnitude.")
+    def unseen(self, name: str, reason: str, otherwise: str) -> None:
+        """Notes why a layer's inputs say nothing about its weights (an expert that was never chosen), and what becomes of it."""
+        self.progress.note(f"{name}: {reason}. {otherwise}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Method(Protocol):
     def prune(self, task: PruneTask) -> PruneResult: ...
 
 
-_NOT_METHODS = {"base", "presets", "recipes", "repair"}
+_NOT_METHODS = {"base", "presets", "recipes", "repair", "walk"}
 
 
 def method_names() -> list[str]:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..models.layerwise import BlockWalker
-from ..models.selection import LayerPlan, decoder_blocks
-from ..models.statistics import Hessian, observe
+from ..models.selection import LayerPlan
+from ..models.statistics import Hessian
 from ..training.loop import learn, steps_of
 from .base import PruneResult, PruneTask, check_inside_blocks
 from .proxsparse import ProxSparse, rms
+from .walk import taken, walk
 
 Kind = Literal["both", "least-squares", "finetune"]
 KINDS = ("both", "least-squares", "finetune")
@@ -124,20 +124,14 @@ def masked_least_squares(
 
 def least_squares(task: PruneTask, original: Mapping[str, Tensor], masks: Mapping[str, Tensor], dampening: float) -> None:
     """Repairs the layers of one decoder block after the other on the inputs that the repaired blocks before it produce."""
-    _, blocks = decoder_blocks(task.model)
-    walker = BlockWalker(task.model, blocks, task.windows)
-    with task.progress.task("repair: least squares", total=len(blocks)) as bar:
-        for index, _ in walker:
-            linears = task.linears_of(index)
-            hessians = {name: Hessian(linear) for name, linear in linears.items()}
-            with observe(linears, hessians):
-                walker.forward(index)
-            for name, linear in linears.items():
+    for linears, hessians in walk(task, "repair", "repair, least squares", Hessian, otherwise="Its kept weights stay as they are."):
+        for name, linear in linears.items():
+            hessian = taken(hessians, name)
+            if hessian is not None:
                 mask = masks[name].to(linear.weight.device)
                 weight = linear.weight.data
-                repaired = masked_least_squares(original[name], weight, mask, hessians.pop(name).value(), dampening=dampening)
+                repaired = masked_least_squares(original[name], weight, mask, hessian, dampening=dampening)
                 linear.weight.data = repaired.to(weight.dtype).masked_fill(~mask, 0.0)
-            bar.advance()
 
 
 def finetune(task: PruneTask, original: dict[str, Tensor], masks: Mapping[str, Tensor], settings: ProxSparse) -> dict[str, object]:

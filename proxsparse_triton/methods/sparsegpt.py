@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LearningError
-from ..models.layerwise import BlockWalker
-from ..models.selection import LayerPlan, decoder_blocks
-from ..models.statistics import Hessian, observe
+from ..models.selection import LayerPlan
+from ..models.statistics import Hessian
 from ..ops import mask_24
 from ..sparsity import BLOCK
 from .base import PruneResult, PruneTask, check_inside_blocks
 from .magnitude import magnitude_mask
+from .walk import BY_MAGNITUDE, taken, walk
 
 _ATTEMPTS = 4
 
@@ -27,7 +27,7 @@ _ATTEMPTS = 4
 def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
     """Upper Cholesky factor U of the damped inverse, (H + d mean(diag H) I)^-1 = U^T U; [in, in].
 
-    d grows tenfold where the factorisation fails. Raises: LearningError: it fails for every d tried.
+    d grows tenfold where the factorisation fails. Raises: LearningError: it fails for every d tried, or H is not finite.
     """
     mean = hessian.diagonal().mean()
     for attempt in range(_ATTEMPTS):
@@ -39,6 +39,10 @@ def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if int(info) == 0:
                 return upper
+    if not hessian.isfinite().all():
+        raise LearningError(
+            "sparsegpt: expected a finite Hessian, got NaN or inf in it. The layer's inputs overflow or are no numbers: check the weights."
+        )
     raise LearningError(
         f"sparsegpt: expected a positive definite Hessian, got one that stays singular at dampening {dampening * 10 ** (_ATTEMPTS - 1):g}. "
         "Use more calibration windows or a larger dampening."
@@ -100,30 +104,21 @@ class SparseGPT:
 
     def prune(self, task: PruneTask) -> PruneResult:
         self.check(task.plan)
-        _, blocks = decoder_blocks(task.model)
-        walker = BlockWalker(task.model, blocks, task.windows)
         masks: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
-        with task.progress.task("sparsegpt: decoder blocks", total=len(blocks)) as bar:
-            for index, _ in walker:
-                linears = task.linears_of(index)
-                hessians = {name: Hessian(linear) for name, linear in linears.items()}
-                with observe(linears, hessians):
-                    walker.forward(index)
-                for name, linear in linears.items():
-                    updated, mask = self._pruned(task, name, linear.weight, hessians.pop(name).value())
-                    kept = linear.weight.masked_fill(~mask, 0.0) if self.mask_only else updated.to(linear.weight.dtype)
-                    with torch.no_grad():
-                        linear.weight.copy_(kept)
-                    masks[name], weights[name] = mask.cpu(), linear.weight.detach().to("cpu", copy=True)
-                bar.advance()
+        for linears, hessians in walk(task, "sparsegpt", "sparsegpt", Hessian, otherwise=BY_MAGNITUDE):
+            for name, linear in linears.items():
+                updated, mask = self._pruned(linear.weight, taken(hessians, name))
+                kept = linear.weight.masked_fill(~mask, 0.0) if self.mask_only else updated.to(linear.weight.dtype)
+                with torch.no_grad():
+                    linear.weight.copy_(kept)
+                masks[name], weights[name] = mask.cpu(), linear.weight.detach().to("cpu", copy=True)
         return PruneResult(masks, None if self.mask_only else weights)
 
-    def _pruned(self, task: PruneTask, name: str, w: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and mask. Without inputs every column would be dead, and the layer zero."""
-        if hessian.diagonal().any():
+    def _pruned(self, w: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights and mask. Without a Hessian every column would be dead, and the layer zero: magnitude decides."""
+        if hessian is not None:
             return sparsegpt_24(w, hessian, dampening=self.dampening, column_block=self.column_block)
-        task.unseen(name)
         mask = magnitude_mask(w).to(w.device)
         return w.detach().masked_fill(~mask, 0.0), mask
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..models.layerwise import BlockWalker
-from ..models.selection import LayerPlan, decoder_blocks
-from ..models.statistics import InputNorm, observe
+from ..models.selection import LayerPlan
+from ..models.statistics import InputNorm
 from ..ops import mask_24
 from .base import PruneResult, PruneTask, check_inside_blocks
 from .magnitude import magnitude_mask
+from .walk import BY_MAGNITUDE, taken, walk
 
 
 def wanda_scores(w: Tensor, input_norm: Tensor) -> Tensor:
@@ -33,25 +33,14 @@ class Wanda:
 
     def prune(self, task: PruneTask) -> PruneResult:
         self.check(task.plan)
-        _, blocks = decoder_blocks(task.model)
-        walker = BlockWalker(task.model, blocks, task.windows)
         masks: dict[str, Tensor] = {}
-        with task.progress.task("wanda: decoder blocks", total=len(blocks)) as bar:
-            for index, _ in walker:
-                linears = task.linears_of(index)
-                norms = {name: InputNorm(linear) for name, linear in linears.items()}
-                with observe(linears, norms):
-                    walker.forward(index)
-                for name, linear in linears.items():
-                    norm = norms[name].value()
-                    if norm.any():
-                        masks[name] = mask_24(wanda_scores(linear.weight, norm)).cpu()
-                    else:
-                        task.unseen(name)
-                        masks[name] = magnitude_mask(linear.weight)
-                    with torch.no_grad():
-                        linear.weight.masked_fill_(~masks[name].to(linear.weight.device), 0.0)
-                bar.advance()
+        for linears, norms in walk(task, "wanda", "wanda", InputNorm, otherwise=BY_MAGNITUDE):
+            for name, linear in linears.items():
+                norm = taken(norms, name)
+                mask = magnitude_mask(linear.weight) if norm is None else mask_24(wanda_scores(linear.weight, norm)).cpu()
+                masks[name] = mask
+                with torch.no_grad():
+                    linear.weight.masked_fill_(~mask.to(linear.weight.device), 0.0)
         return PruneResult(masks)
 
 

@@ -1,101 +1,94 @@
-"""Walking through a model one decoder block at a time, with the hidden states of all windows in hand.
+"""Walking through a model one decoder block at a time, each block on the outputs of the pruned blocks before it.
 
-Layer-by-layer methods prune block k on the outputs of the pruned blocks before it. The arguments that a block receives
-beside its hidden states (rotary embeddings, masks) do not depend on the hidden states, so they are captured once per window length
-from the model's own forward pass; this works for every family without knowing its signature.
+What block k computes on a window is, by definition, what it computes in a forward pass of the whole model on that window. So the
+model's own forward is what runs, for every window anew: it makes each block's side inputs (rotary tables, masks, per-layer
+embeddings), whatever the family, and nothing of one window reaches another. To save time, blocks that the walk has passed do not run
+again but hand on what they handed on the last time (`models/replay.py`). Whether a model can be walked so is tried at the start, on a
+short window; where it cannot, every pass runs all blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .modes import evaluating
+from .reading import read_as
+from .replay import Pass, calls_of, can_be_replayed, run
+from .states import WindowStates
 
-
-class _CapturedError(Exception):
-    """Ends a forward pass once the first block's input is in hand."""
+PROBE = 64  # tokens of the window on which walking is tried
+SKIPPED = (
+    "layer-by-layer pruning: expected every decoder block to run in a forward pass, got {got}. "
+    "Use --method magnitude or proxsparse for this architecture."
+)
 
 
 class BlockWalker:
-    """Holds the hidden states of all windows at the entrance of the current block.
+    """Runs one decoder block after the other on all windows, in evaluation mode and without gradients.
 
     for index, block in walker:
-        walker.forward(block)      # run block `index` on all windows; hooks see its inputs, outputs are dropped
-        ... change the block ...
-    On the next iteration the hidden states have passed through the changed block.
+        walker.forward(index)      # block `index` runs on all windows; hooks see its inputs
+        ... change the block, and none before it ...
+
+    replays: False where each pass has to run all blocks before the current one again.
+
+    Args:
+        model: called as model(input_ids=[1, tokens], use_cache=False). blocks: its decoder blocks.
+        windows: token ids, int64 [tokens], at least one, on any device.
+        memory: bytes of the GPU to keep within; None: all of it. Only where the states of the windows are kept depends on it.
+    Raises: ModelError: a decoder block that a forward pass does not run.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: Sequence[Tensor]) -> None:
-        self._blocks = blocks
-        self._windows = [window.to(next(model.parameters()).device) for window in windows]
-        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._hidden: list[Tensor] = []
-        with torch.no_grad():
-            for window in self._windows:
-                if len(window) not in self._arguments:
-                    self._arguments[len(window)] = self._capture_arguments(model, window)
-                self._hidden.append(self._capture_hidden(model, window))
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: Sequence[Tensor], *, memory: int | None = None) -> None:
+        self._model, self._blocks = model, list(blocks)
+        device = next(model.parameters()).device
+        self._windows = [window.to(device) for window in windows]
+        self._states = WindowStates([len(window) for window in windows], device, memory)
+        self._done = -1  # the last block whose state is kept
+        probe = self._windows[0][:PROBE]
+        with evaluating(model), torch.no_grad():
+            calls = calls_of(model, self._blocks, probe)
+            if not set(self._blocks) <= set(calls):
+                raise ModelError(SKIPPED.format(got=f"{len(set(calls))} of {len(self._blocks)}"))
+            self._last_call = {block: position for position, block in enumerate(calls)}  # a looped model runs a block more than once
+            self.replays = calls == self._blocks and len(self._last_call) == len(calls) and can_be_replayed(model, self._blocks, probe)
 
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
-        for index, block in enumerate(self._blocks):
-            yield index, block
-            for position, hidden in enumerate(self._hidden):
-                self._hidden[position] = self._run(index, block, hidden, len(self._windows[position]))
+        yield from enumerate(self._blocks)
 
     def forward(self, index: int) -> None:
         """Runs block `index` on all windows for the sake of hooks."""
-        for window, hidden in zip(self._windows, self._hidden, strict=True):
-            self._run(index, self._blocks[index], hidden, len(window))
+        keep = index - 1 if self.replays else -1
+        with evaluating(self._model), torch.no_grad():
+            for position in range(len(self._windows)):
+                state = self._states.take(position)
+                self._states.fetch(position + 1)
+                kept = self._run(position, Pass(self._done, state, keep, self._last_call[self._blocks[index]]))
+                if kept is not None:
+                    self._states.put(position, kept)
+        self._done = max(self._done, keep)
 
-    def _run(self, index: int, block: nn.Module, hidden: Tensor, length: int) -> Tensor:
-        args, kwargs = self._arguments[length][index]
-        with torch.no_grad():
-            out = block(hidden, *args, **kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+    def reads(self, index: int, weights: Mapping[str, nn.Parameter]) -> set[str]:
+        """Which of these weights the model computes with on the first window, by whatever path, until block `index` has run."""
+        seen = set()
 
-    def _capture_arguments(self, model: nn.Module, window: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Extra arguments of every block for windows of this length."""
-        captured: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        def reader(name: str, weight: nn.Parameter) -> Tensor:
+            seen.add(name)
+            return weight
 
-        def hook(index: int):  # type: ignore[no-untyped-def]
-            def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-                captured[index] = (args[0 if "hidden_states" in kwargs else 1 :], rest)
+        readers = {weight: partial(reader, name) for name, weight in weights.items()}
+        with evaluating(self._model), torch.no_grad(), read_as(self._model, readers):
+            self._run(0, Pass(self._done, self._states.take(0), -1, self._last_call[self._blocks[index]]))
+        return seen
 
-            return capture
-
-        handles = [block.register_forward_pre_hook(hook(index), with_kwargs=True) for index, block in enumerate(self._blocks)]
-        try:
-            model(input_ids=window[None], use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(captured) != len(self._blocks):
-            raise ModelError(
-                "layer-by-layer pruning: expected every decoder block to run in a forward pass, "
-                f"got {len(captured)} of {len(self._blocks)}. "
-                "Use --method magnitude or proxsparse for this architecture."
-            )
-        return [captured[index] for index in range(len(self._blocks))]
-
-    def _capture_hidden(self, model: nn.Module, window: Tensor) -> Tensor:
-        """Hidden states at the entrance of the first block, [1, tokens, width]."""
-        captured: list[Tensor] = []
-
-        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-            raise _CapturedError
-
-        handle = self._blocks[0].register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            model(input_ids=window[None], use_cache=False)
-        except _CapturedError:
-            pass
-        finally:
-            handle.remove()
-        return captured[0]
+    def _run(self, position: int, passing: Pass) -> Any:
+        run(self._model, self._blocks, self._windows[position], passing)
+        if not passing.ended:
+            raise ModelError(SKIPPED.format(got="one that skips some in a window"))
+        return passing.kept

@@ -2,86 +2,118 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class Statistic(Protocol):
-    """Accumulates over batches of inputs x [tokens, in_features]."""
-
-    def add(self, x: Tensor) -> None: ...
+from .modes import evaluating
 
 
-class InputNorm:
+class Statistic(ABC):
+    """Accumulates over batches of inputs x [tokens, in_features]. calls: how often; tokens: how many rows there were."""
+
+    def __init__(self) -> None:
+        self.calls = self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        self.calls += 1
+        self.tokens += x.shape[0]
+        self._accumulate(x.float())
+
+    @abstractmethod
+    def value(self) -> Tensor: ...
+
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """Sum over tokens of x_j^2; fp32 [in_features]."""
+
+    @abstractmethod
+    def _accumulate(self, x: Tensor) -> None: ...
+
+
+class InputNorm(Statistic):
     """||x_j||_2 of each input feature j over all tokens, the statistic of Wanda; fp32 [in_features]."""
 
     def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
         self._squares = torch.zeros(linear.in_features, dtype=torch.float32, device=linear.weight.device)
-        self._tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        self._squares += x.float().square().sum(dim=0)
-        self._tokens += x.shape[0]
+    def _accumulate(self, x: Tensor) -> None:
+        self._squares += x.square().sum(dim=0)
+
+    def squares(self) -> Tensor:
+        return self._squares
 
     def value(self) -> Tensor:
         return self._squares.sqrt()
 
     def mean_square(self) -> Tensor:
-        return self._squares / max(self._tokens, 1)
+        return self._squares / max(self.tokens, 1)
 
 
-class Hessian:
+class Hessian(Statistic):
     """H = 2/n sum x x^T, the Hessian of the layer's squared output error; fp32 [in_features, in_features]."""
 
     def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
         size = linear.in_features
         self._sum = torch.zeros(size, size, dtype=torch.float32, device=linear.weight.device)
-        self._tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        x = x.float()
+    def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.T, x)
-        self._tokens += x.shape[0]
+
+    def squares(self) -> Tensor:
+        return self._sum.diagonal()
 
     def value(self) -> Tensor:
-        return self._sum * (2.0 / max(self._tokens, 1))
+        return self._sum * (2.0 / max(self.tokens, 1))
 
 
 def input_rms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Sequence[Tensor]) -> dict[str, Tensor]:
     """sqrt(mean of x_j^2) of each input feature j over all tokens: fp32 [in_features]; zeros for a layer that no token reached.
 
+    Every use of a weight counts: the tokens of all layers of `model` that share it.
+
     Args: linears: any name -> layer of `model`. windows: int64 [tokens], on any device.
     """
     norms = {name: InputNorm(linear) for name, linear in linears.items()}
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with_head = any(linear is head for linear in linears.values())
     runs = model if with_head else getattr(model, "base_model", model)  # the logits of a large vocabulary only where they are asked for
-    model.eval()
-    try:
-        with torch.no_grad(), observe(linears, norms):
-            for window in windows:
-                runs(input_ids=window[None].to(device), use_cache=False)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), observe(linears, norms, within=model):
+        for window in windows:
+            runs(input_ids=window[None].to(device), use_cache=False)
     return {name: norm.mean_square().sqrt() for name, norm in norms.items()}
 
 
 @contextmanager
-def observe(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Statistic]) -> Iterator[None]:
-    """While active, every forward pass of `linears[name]` adds its inputs to `statistics[name]`."""
+def observe(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Statistic], *, within: nn.Module | None = None) -> Iterator[None]:
+    """While active, every forward pass of `linears[name]` adds its inputs to `statistics[name]`.
+
+    within: so does every forward pass of another nn.Linear below this module that has the same weight.
+    """
 
     def hook(statistic: Statistic):  # type: ignore[no-untyped-def]
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            statistic.add(inputs[0].detach().flatten(0, -2))
+        def add(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            statistic.add(x.detach().reshape(-1, x.shape[-1]))
 
         return add
 
-    handles = [linear.register_forward_pre_hook(hook(statistics[name])) for name, linear in linears.items()]
+    users: dict[int, dict[nn.Module, None]] = {id(linear.weight): {linear: None} for linear in linears.values()}
+    for module in () if within is None else within.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in users:
+            users[id(module.weight)][module] = None
+    handles = [
+        module.register_forward_pre_hook(hook(statistics[name]), with_kwargs=True)
+        for name, linear in linears.items()
+        for module in users[id(linear.weight)]
+    ]
     try:
         yield
     finally:

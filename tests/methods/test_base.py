@@ -11,7 +11,7 @@ from methods.tiny import task as tiny_task
 from torch import nn
 
 from proxsparse_triton import methods as package
-from proxsparse_triton.errors import ConfigError
+from proxsparse_triton.errors import ConfigError, ModelError
 from proxsparse_triton.methods.base import PruneTask, build_method, method_class, method_names
 from proxsparse_triton.methods.magnitude import magnitude_mask
 from proxsparse_triton.methods.proxsparse import ProxSparse
@@ -48,7 +48,14 @@ METHOD = LastTwo
 
 
 def test_names_are_the_files_of_the_folder() -> None:
-    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__", "base", "presets", "recipes", "repair"}
+    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "base",
+        "presets",
+        "recipes",
+        "repair",
+        "walk",
+    }
     assert method_names() == sorted(files)
     assert set(method_names()) >= {"magnitude", "wanda", "sparsegpt", "proxsparse"}
 
@@ -132,3 +139,65 @@ def test_a_layer_that_no_token_reached_is_pruned_by_magnitude(method: str, devic
         assert torch.equal(result.masks[name], magnitude_mask(before[name]))
         if result.weights is not None:
             assert torch.equal(result.weights[name], (before[name].cpu() * result.masks[name]).to(before[name].dtype))
+
+
+ONLY_MAGNITUDE = "It is pruned by magnitude."
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_why_a_layer_is_pruned_by_magnitude(method: str) -> None:
+    """Read without a call, reached by no token, or given zeros: three reasons."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=48, hidden_size=64, num_hidden_layers=2, state_size=8)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.backbone.layers[1].mixer.expert = nn.Linear(8, 8)
+    model.backbone.layers[0].norm.weight.data.zero_()
+    notes = Notes()
+    given = tiny_task("cpu", model=model, progress=notes)
+    before = {name: linear.weight.detach().clone() for name, linear in given.linears().items()}
+    result = build_method(method, {}).prune(given)
+    reads = "the model reads its weight without calling the layer, so that its inputs are not known"
+    zero = "every input that reached it in the calibration text was zero"
+    none = "no token of the calibration text reached it in its decoder block"
+    mixers = [f"backbone.layers.{index}.mixer" for index in range(2)]
+    assert notes.lines[:2] == [
+        f"{mixers[0]}.in_proj.weight: {zero}. {ONLY_MAGNITUDE}",
+        f"{mixers[0]}.x_proj.weight: {zero}. {ONLY_MAGNITUDE}",
+    ]
+    said = [f"{mixer}.dt_proj.weight: {reads}. {ONLY_MAGNITUDE}" for mixer in mixers]
+    assert set(said) <= set(notes.lines)
+    assert f"{mixers[1]}.expert.weight: {none}. {ONLY_MAGNITUDE}" in notes.lines
+    for mixer in mixers:
+        name = f"{mixer}.dt_proj.weight"
+        assert torch.equal(result.masks[name], magnitude_mask(before[name]))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_inputs_that_are_no_numbers_are_refused(method: str, device: str) -> None:
+    """Not blamed on the number of windows, and not pruned as if nothing were."""
+    given = tiny_task(device)
+    given.model.model.layers[1].input_layernorm.weight.data[3] = float("inf")  # type: ignore[union-attr, index]
+    with pytest.raises(
+        ModelError, match=rf"{method}: expected finite inputs of model\.layers\.1\.self_attn\.q_proj\.weight, got NaN or inf"
+    ):
+        build_method(method, {}).prune(given)
+
+
+def test_blocks_that_run_again_are_told(device: str) -> None:
+    """A model whose blocks see more than the block before hands on takes longer: said, with how much."""
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layers = nn.Embedding(48, 8), nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            hidden = self.embed(input_ids)
+            for layer in (*self.layers, *self.layers):
+                hidden = hidden + layer(hidden)
+            return hidden
+
+    notes = Notes()
+    build_method("wanda", {}).prune(tiny_task(device, model=Looped().to(device), progress=notes))
+    assert notes.lines[0].startswith("wanda: blocks of Looped are given more than what the block before hands on, ")

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import transformers
+import whole_passes
 from torch import Tensor, nn
 
 from proxsparse_triton.errors import ModelError
@@ -101,48 +102,49 @@ def test_with_explicit_masks(family: str, device: str) -> None:
     assert_same(walked_states(model, texts), own_states(model, texts))
 
 
-def test_sliding_and_full_blocks_get_their_own_arguments(device: str) -> None:
-    """Guards the test above: with one set of arguments for all blocks the states would differ."""
-    model = tiny("gemma3", device, attn_implementation="eager")
-    texts = windows(11)
-    own = own_states(model, texts)
+@pytest.mark.parametrize("family", whole_passes.FAMILIES)
+def test_what_a_block_gets_belongs_to_its_window(family: str, device: str) -> None:
+    """Per-layer embeddings, shared keys and values, the embeddings once more, indices of the block before."""
+    model, texts = whole_passes.build(family, device), list(whole_passes.windows(12, 9, 12, 12))
     _, blocks = decoder_blocks(model)
-    walker = BlockWalker(model, blocks, texts)
-    arguments = walker._arguments[11]
-    walker._arguments[11] = [arguments[0]] * LAYERS
-    for index, _ in walker:
-        last = index
-    assert last == LAYERS - 1
-    assert not torch.allclose(walker._hidden[0], own[-1][0], atol=1e-3)
+    assert BlockWalker(model, blocks, texts).replays
+    assert_same(walked_states(model, texts), own_states(model, texts))
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma3n, shared keys", "zamba2", "glm_moe_dsa"])
 def test_a_change_is_seen_by_the_next_block(family: str, device: str) -> None:
-    """Pruned in place during the walk, the states are those of the pruned model; block 0's inputs stay the dense ones."""
-    model, texts = tiny(family, device), windows(8, 5)
+    """Pruned in place during the walk, each block gets what the pruned ones before it put out, by whole passes of the model."""
+    model = tiny(family, device) if family in FAMILIES else whole_passes.build(family, device)
+    texts = windows(8, 5, 8)
     dense = own_states(model, texts)
     _, blocks = decoder_blocks(model)
     walker = BlockWalker(model, blocks, texts)
-    found = []
+    assert walker.replays
     for index, block in walker:
         outputs: list[Tensor] = []
         handle = block.register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append(tensor_of(out)))
         walker.forward(index)
+        walker.forward(index)  # once more is the same
         handle.remove()
-        found.append(outputs)
+        now = own_states(model, texts)
+        assert_same([outputs[:3], outputs[3:]], [now[index], now[index]])
+        assert torch.allclose(outputs[0], dense[index][0], atol=1e-3) == (index == 0)
         for linear in block.modules():
             if isinstance(linear, nn.Linear):
                 linear.weight.data[:, ::2] = 0.0
-    assert_same(found[:1], dense[:1])
-    pruned = own_states(model, texts)
-    assert not torch.allclose(pruned[0][0], dense[0][0], atol=1e-3)
-    # forward(k) ran before block k was changed: its inputs were those of the pruned blocks before it
-    for index in range(1, LAYERS):
-        inputs = pruned[index - 1]
-        assert not torch.allclose(found[index][0], dense[index][0], atol=1e-4)
-        assert inputs[0].shape == found[index][0].shape
-    torch.testing.assert_close(walker._hidden[0], pruned[-1][0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(walker._hidden[1], pruned[-1][1], rtol=1e-6, atol=1e-6)
+
+
+def test_blocks_may_be_passed_over(device: str) -> None:
+    """As where --skip leaves a block nothing to prune."""
+    model, texts = whole_passes.build("gemma4, shared keys", device), list(whole_passes.windows(12, 9))
+    _, blocks = decoder_blocks(model)
+    walker, own = BlockWalker(model, blocks, texts), own_states(model, texts)
+    for index in (1, 3):
+        outputs: list[Tensor] = []
+        handle = blocks[index].register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append(tensor_of(out)))
+        walker.forward(index)
+        handle.remove()
+        assert_same([outputs], [own[index]])
 
 
 def hooks(model: nn.Module) -> list[OrderedDict]:  # type: ignore[type-arg]
@@ -172,3 +174,105 @@ def test_a_model_that_skips_a_block(device: str) -> None:
     with pytest.raises(ModelError, match=r"expected every decoder block to run in a forward pass, got 4 of 5\. "):
         BlockWalker(model, blocks, windows(8))
     assert not hooks(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Block(nn.Module):
+    """A residual block; `kind` says what else it does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.kind = kind
+
+    def forward(self, hidden: Tensor, notes: list[Tensor], board: nn.Module) -> Tensor:
+        out = torch.tanh(self.linear(hidden))
+        if self.kind == "list":  # all blocks before it are read
+            out = out + sum(notes[:-1], torch.zeros_like(hidden))
+            notes.append(hidden)
+        if self.kind == "outside":  # what it keeps on another module is read two blocks later
+            out = out + board.kept[-2] if len(board.kept) > 1 else out
+            board.kept.append(hidden)
+        if self.kind == "in place":
+            return hidden.add_(out)
+        return hidden + out
+
+
+class Tower(nn.Module):
+    """Kinds of decoders that transformers has, or may have one day."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.kept = kind, []
+        self.embed = nn.Embedding(48, 8)
+        self.layers = nn.ModuleList([Block(kind) for _ in range(4)])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden, first, notes = self.embed(input_ids), None, []
+        self.kept = [] if self.kind != "stale" else self.kept
+        for _ in range(2 if self.kind == "looped" else 1):
+            for index, layer in enumerate(self.layers):
+                if self.kind == "skips" and index == 1 and int(input_ids[0, 0]) == 0:
+                    continue
+                hidden = layer(hidden, notes, self)
+                first = hidden if index == 0 else first
+                if self.kind == "reaches back" and index == 2:
+                    hidden = hidden + 3 * first
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("kind", "replays"),
+    [("plain", True), ("list", True), ("in place", True), ("reaches back", False), ("outside", False), ("looped", False)],
+)
+def test_decoders_of_any_kind(kind: str, replays: bool) -> None:
+    """Where more reaches a block than the one before it hands on, the blocks before it run again; what it sees is right in any case."""
+    model, texts = Tower(kind), windows(6, 4, 6)
+    walker = BlockWalker(model, model.layers, texts)
+    assert walker.replays == replays
+    for index, block in walker:
+        seen: list[Tensor] = []
+        handle = block.linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].clone()))
+        walker.forward(index)
+        walked = seen[:]
+        seen.clear()
+        for text in texts:
+            model(input_ids=text[None], use_cache=False)
+        handle.remove()
+        assert len(walked) == len(seen) == (6 if kind == "looped" else 3)
+        assert all(torch.equal(a, b) for a, b in zip(walked, seen, strict=True))
+        block.linear.weight.data[:, ::2] = 0.0
+
+
+def test_a_window_that_skips_a_block() -> None:
+    texts = [torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3])]
+    model = Tower("skips")
+    with pytest.raises(ModelError, match="expected every decoder block to run in a forward pass, got one that skips some in a window"):
+        BlockWalker(model, model.layers, texts).forward(3)
+
+
+def test_modes_are_put_back_module_by_module(device: str) -> None:
+    """Without dropout whatever mode the model is in."""
+    config = transformers.GPTNeoXConfig(**COMMON, intermediate_size=24, hidden_dropout=0.5)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()
+    texts = windows(8, 5)
+    own = own_states(model, texts)
+    model.train()
+    model.gpt_neox.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    assert_same(walked_states(model, texts), own)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_weight_that_is_read_without_its_layer() -> None:
+    """`reads` tells it from one that nothing reads."""
+    config = transformers.MambaConfig(vocab_size=48, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    _, blocks = decoder_blocks(model)
+    walker = BlockWalker(model, blocks, windows(8))
+    walker.forward(1)
+    idle = nn.Linear(4, 4)
+    weights = {"dt": blocks[1].mixer.dt_proj.weight, "x": blocks[1].mixer.x_proj.weight, "idle": idle.weight}
+    assert walker.reads(1, weights) == {"dt", "x"}

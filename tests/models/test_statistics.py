@@ -125,3 +125,53 @@ def test_the_mode_is_restored_after_an_error() -> None:
     with pytest.raises(IndexError):
         input_rms(model, {}, [torch.tensor([99])])
     assert model.training
+
+
+def test_every_use_of_a_shared_weight_counts(device: str) -> None:
+    """The second block computes with the first block's weights: both have the tokens of either."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(device)
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    seen: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) for layer in (first, second)]
+    found = input_rms(model, {"up": first}, [torch.arange(9), torch.arange(5)])["up"]
+    for hook in hooks:
+        hook.remove()
+    x = torch.cat(seen).double()
+    assert len(x) == 28
+    torch.testing.assert_close(found.double(), x.square().mean(0).sqrt(), rtol=1e-5, atol=0)
+
+
+def test_uses_within_a_module_count(device: str) -> None:
+    one, other, outside = (nn.Linear(4, 4, bias=False).to(device) for _ in range(3))
+    other.weight = outside.weight = one.weight
+    block = nn.ModuleList([one, other])
+    norm = InputNorm(one)
+    x = torch.ones(2, 4, device=device)
+    with observe({"one": one}, {"one": norm}, within=block):
+        one(x)
+        other(input=x)
+        outside(x)
+    assert (norm.calls, norm.tokens) == (2, 4)
+    assert not any(linear._forward_pre_hooks for linear in (one, other, outside))
+
+
+def test_inputs_of_any_shape() -> None:
+    linear = nn.Linear(4, 4)
+    norm = InputNorm(linear)
+    with observe({"x": linear}, {"x": norm}):
+        linear(torch.ones(4))
+        linear(torch.ones(0, 4))
+        linear(torch.ones(2, 3, 4))
+    assert (norm.calls, norm.tokens) == (3, 7)
+
+
+def test_modes_are_restored_module_by_module() -> None:
+    shape = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    input_rms(model, {"up": model.model.layers[1].mlp.up_proj}, [torch.arange(9)])
+    assert [module.training for module in model.modules()] == before
