@@ -67,9 +67,9 @@ class BlockWalker:
         keep = index - 1 if self.replays else -1
         with evaluating(self._model), torch.no_grad():
             for position in range(len(self._windows)):
-                state = self._states.take(position)
+                passing = Pass(self._done, self._states.take(position, last=keep > self._done), keep, self._last_call[self._blocks[index]])
                 self._states.fetch(position + 1)
-                kept = self._run(position, Pass(self._done, state, keep, self._last_call[self._blocks[index]]))
+                kept = self._run(position, passing)
                 if kept is not None:
                     self._states.put(position, kept)
         self._done = max(self._done, keep)

@@ -31,7 +31,7 @@ class Copies(Protocol):
 
 
 class WindowStates:
-    """A tree of tensors (tuples, lists, dicts) for each window. What is taken is a copy: a model may write into its inputs.
+    """A tree of tensors (tuples, lists, dicts) for each window. What is taken is the caller's own: a model may write into its inputs.
 
     Args:
         tokens: length of each window, by which the size of all states is foretold from the first.
@@ -62,10 +62,13 @@ class WindowStates:
         if self._copies is not None and position < len(self._trees) and self._trees[position] is not None:
             self._ahead[position] = self._copies.into(self._trees[position])
 
-    def take(self, position: int) -> Any:
-        """The state of a window; None before the first `put`."""
+    def take(self, position: int, *, last: bool = False) -> Any:
+        """The state of a window; None before the first `put`. last: it is asked for the last time before another is put."""
         if self._copies is None:
-            return tensors_mapped(torch.clone, self._trees[position])
+            tree = self._trees[position]
+            if last:
+                self._trees[position] = None
+            return tree if last else tensors_mapped(torch.clone, tree)
         if position not in self._ahead:
             self.fetch(position)
         tree = self._ahead.pop(position, None)

@@ -93,3 +93,22 @@ def test_masks_are_those_of_whole_windows(device: str) -> None:
     x = whole_passes.inputs_of_block(model, plan, 0, texts)
     name = next(iter(x))
     assert torch.equal(all_[name].to(device), mask_24(model.get_parameter(name).abs() * x[name].norm(dim=0).float()))
+
+
+def test_a_weight_that_two_blocks_share(device: str) -> None:
+    """It is pruned in the first, on its inputs there; later blocks compute with what is left."""
+    model, texts = whole_passes.build("llama", device), whole_passes.windows(*LENGTHS)
+    first, second = model.model.layers[:2]
+    second.mlp.up_proj.weight = second.mlp.gate_proj.weight = first.mlp.gate_proj.weight = first.mlp.up_proj.weight
+    plan = plan_layers(model)
+    result = build_method("wanda", {}).prune(PruneTask(copy.deepcopy(model), plan, texts))
+    shared = "model.layers.0.mlp.gate_proj.weight"
+    assert shared in result.masks
+    assert not {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight"} & result.masks.keys()
+
+    def prune(name: str, x: Tensor) -> None:
+        w, mask = model.get_parameter(name), mask_24(model.get_parameter(name).abs() * x.square().sum(0).sqrt().float())
+        assert float((mask != result.masks[name].to(device)).float().mean()) < 1e-3, name
+        w.data.masked_fill_(~result.masks[name].to(device), 0.0)
+
+    by_whole_passes(model, plan, texts, prune)
