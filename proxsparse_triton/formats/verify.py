@@ -129,7 +129,9 @@ def recorded_share(path: Path) -> Share | None:
 
 def _share(files: _Tensors, pruned: Sequence[str], recorded: Share | None = None) -> Share:
     found = share_of(weights_in_files(files.shapes, pruned), pruned)
-    return found if recorded is None else replace(recorded, pruned=found.pruned)
+    if recorded is None or found.pruned > recorded.total:
+        return found
+    return replace(recorded, pruned=found.pruned)
 
 
 def _opened(path: Path, manifest: Mapping[str, Any]) -> tuple[_Tensors, Mapping[str, Tensor], list[str]]:

@@ -167,8 +167,10 @@ def computes_linear(module: nn.Module) -> bool:
     So do nn.Linear, subclasses that keep its `forward`, and those whose own one only repeats it (FalconLinear); only of such a layer do
     masks, input norms and packed weights mean what they say. Not judged: hooks, or a `forward` set on the instance.
     """
-    kind: Any = type(module)
-    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or _repeats_linear(kind))
+    if not isinstance(module, nn.Linear):
+        return False
+    kind: Any = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))  # where its forward comes from
+    return kind is nn.Linear or _repeats_linear(kind)
 
 
 @cache

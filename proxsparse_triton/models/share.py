@@ -114,11 +114,16 @@ def read_share(entry: object) -> Share | None:
         return None
     listed = entry.get("left_dense")
     dense = [
-        Part(str(part.get("part")), part["weights"], str(part.get("reason")))
+        Part(_line(part.get("part")), part["weights"], _line(part.get("reason")))
         for part in (listed if isinstance(listed, list) else [])
         if isinstance(part, Mapping) and _count(part.get("weights"))
     ]
     return Share(entry["pruned"], entry["weights"], tuple(dense)) if entry["pruned"] <= entry["weights"] else None
+
+
+def _line(value: object) -> str:
+    """Somebody else's words on one line of a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value))[:200]
 
 
 def _count(value: object) -> bool:

@@ -205,7 +205,9 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": usual("flex_olmo", **ROUTED, num_local_experts=4, num_experts=4),
     "glm4_moe": usual("glm4_moe", **ROUTED),
     "glm4_moe_lite": usual("glm4_moe_lite", **LATENT, **ROUTED),
-    "glm_moe_dsa": usual("glm_moe_dsa", **LATENT, **ROUTED, index_topk=8, index_head_dim=8, index_n_heads=2),
+    "glm_moe_dsa": usual(
+        "glm_moe_dsa", **LATENT, **ROUTED, indexer_types=["full", "shared", "shared"], index_topk=8, index_head_dim=8, index_n_heads=2
+    ),
     "gpt_oss": usual("gpt_oss", **LOCAL, **SLIDING),
     "granitemoe": usual("granitemoe", **LOCAL),
     "granitemoehybrid": usual(

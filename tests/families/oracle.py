@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from families.building import logits
 from torch import Tensor, nn
 
 from proxsparse_triton.models.selection import LayerPlan
-from proxsparse_triton.training.objective import Objective
+from proxsparse_triton.training.objective import Objective, Prepared
 
 NEAR_TIE = 1e-5  # of the score that is kept: the norms are summed in fp32, here in fp64
 
@@ -70,8 +72,31 @@ def _disagreements(scores: Tensor, mask: Tensor) -> int:
 
 
 @contextmanager
-def learning(model: nn.Module, names: Sequence[str], window: Tensor) -> Iterator[Callable[[], contextmanager]]:  # type: ignore[type-arg]
-    """Inside, `model` computes as the student; inside what is yielded, called, as the teacher."""
-    linears = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
-    with Objective(layer_weight=0.0).of(model, linears, window) as prepared:  # type: ignore[arg-type]
-        yield prepared.pretrained.teacher  # type: ignore[misc,union-attr]
+def learning(model: nn.Module, names: Sequence[str], window: Tensor, **objective: Any) -> Iterator[Prepared]:
+    """Inside, `model` computes as the student; inside `.pretrained.teacher()` as the teacher."""
+    linears: Any = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    with Objective(**objective).of(model, linears, window) as prepared:
+        yield prepared
+
+
+def moved(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Moves the weights that learn away from the pretrained ones; returns the dense model with W0 under the mask of the moved ones."""
+    masked, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    for name in names:
+        w = model.get_parameter(name)
+        w.data = w.data + 0.5 * w.data.std() * torch.randn(w.shape, generator=generator)
+        lowest = w.data.abs().unflatten(-1, (-1, 4)).topk(2, largest=False).indices
+        masked.get_parameter(name).data.unflatten(-1, (-1, 4)).scatter_(-1, lowest, 0.0)
+    return masked
+
+
+def text_gradients(model: nn.Module, names: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+    """Of the cross-entropy of the next tokens, by autograd; zeros where nothing depends on a weight."""
+    given = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+    torch.nn.functional.cross_entropy(given.float(), tokens[1:]).backward()
+    return gradients(model, names)
+
+
+def gradients(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    parameters = {name: model.get_parameter(name) for name in names}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}

@@ -5,7 +5,6 @@ A failure names the part and the family. `python -m pytest tests/families --writ
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ import torch
 from families import page
 from families.building import build, config_of, distance, logits, write_text, write_tokenizer
 from families.configurations import FAMILIES, PUBLISHED, REFUSED
-from families.oracle import learning, not_wandas
+from families.oracle import gradients, learning, moved, not_wandas, text_gradients
 from torch import Tensor, nn
 
 from proxsparse_triton.errors import ProxSparseError
@@ -30,11 +29,13 @@ from proxsparse_triton.methods.wanda import Wanda
 from proxsparse_triton.models.loading import load_model, resolve_model
 from proxsparse_triton.models.selection import LayerPlan, plan_layers
 from proxsparse_triton.pipeline import RunConfig, prune
+from proxsparse_triton.training.batches import Batch
 from proxsparse_triton.training.memory import meta_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 EXACT = 1e-6  # of the logits: where sums change their order
+GRADIENT = 1e-5  # of the layer's: sums in another order, through the whole model
 PACKED = 1e-5  # another product, in fp32
 
 
@@ -105,24 +106,37 @@ def test_masks(made: Made) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_learning(made: Made, training: bool) -> None:
     """The teacher is the dense model wherever the learned weights go, the student W0 under their mask."""
-    model, dense, window = made.dense(), made.dense(), made.windows[0]
-    generator = torch.Generator().manual_seed(1)
-    with learning(model, list(made.masks), window) as teacher:
-        masked = copy.deepcopy(dense)
-        for name in made.masks:
-            w = model.get_parameter(name)
-            w.data = w.data + 0.5 * w.data.std() * torch.randn(w.shape, generator=generator)
-            lowest = w.data.abs().unflatten(-1, (-1, 4)).topk(2, largest=False).indices
-            masked.get_parameter(name).data.unflatten(-1, (-1, 4)).scatter_(-1, lowest, 0.0)
+    model, dense, window, names = made.dense(), made.dense(), made.windows[0], list(made.masks)
+    with learning(model, names, window, layer_weight=0.0) as prepared:
+        masked = moved(model, names)
         for one in (model, dense, masked):
             one.train(training)
         student = distance(logits(model, window), logits(masked, window))
-        with teacher():
+        with prepared.pretrained.teacher():
             taught = distance(logits(model, window), logits(dense, window))
     assert (student <= EXACT, taught <= EXACT) == (True, True), f"student off by {student:.2g}, teacher by {taught:.2g}"
-    for name in made.masks:
+    for name in names:
         model.get_parameter(name).data = dense.get_parameter(name).data
     assert distance(logits(model, window), logits(dense, window)) == 0  # nothing is left of it afterwards
+
+
+def test_gradients(made: Made) -> None:
+    """The gradient of a learned weight is that of W0 under the mask; the default loss has one too."""
+    model, window, names = made.dense(), made.windows[0], list(made.masks)
+    with learning(model, names, window, loss="ce") as prepared:
+        masked = moved(model, names)
+        prepared.loss(Batch(window[None], None)).backward()
+    right = text_gradients(masked, names, window)
+    largest = max(float(grad.norm()) for grad in right.values())
+    sizes = {name: max(float(grad.norm()), 0.01 * largest) for name, grad in right.items()}
+    off = {name: float((grad - right[name]).norm()) / sizes[name] for name, grad in gradients(model, names).items()}
+    assert {name: error for name, error in off.items() if not error <= GRADIENT} == {}
+    model = made.dense()
+    with learning(model, names, window) as prepared:
+        moved(model, names)
+        prepared.loss(Batch(window[None], None)).backward()
+    assert all(torch.isfinite(grad).all() for grad in gradients(model, names).values())
+    assert any(grad.any() for grad in gradients(model, names).values())
 
 
 def test_packed(made: Made, found: page.Found) -> None:

@@ -353,6 +353,14 @@ def test_layers_that_compute_as_linear(kind: type[nn.Linear]) -> None:
         assert computes_linear(kind(8, 12, bias=False))
 
 
+def test_only_the_forward_of_a_class_is_judged() -> None:
+    """A class made on top of another, with a weight that is read in another way."""
+    for kind, right in ((nn.Linear, True), (Repeats, True), (Grouped, False)):
+        layer = kind(8, 12)
+        layer.__class__ = type("Read", (kind,), {"weight": property(lambda self: self._parameters["weight"])})
+        assert computes_linear(layer) is right
+
+
 @pytest.mark.parametrize("kind", [Grouped, Scaled, Clipped, Noisy, Coarse, nn.Identity])
 def test_layers_that_compute_something_else(kind: type[nn.Linear]) -> None:
     assert not computes_linear(kind(8, 12))

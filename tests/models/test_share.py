@@ -144,3 +144,7 @@ def test_parts_of_a_record_that_make_no_sense_are_left_out() -> None:
     parts = [None, {"part": "a", "weights": "9"}, {"part": "b", "weights": 2, "reason": None}]
     assert read_share({"weights": 4, "pruned": 1, "left_dense": parts}) == Share(1, 4, (Part("b", 2, "None"),))
     assert read_share({"weights": 4, "pruned": 1, "left_dense": 3}) == Share(1, 4)
+    share = read_share({"weights": 4, "pruned": 1, "left_dense": [{"part": "a\x1b[2J\n" + 300 * "b", "weights": 2}]})
+    assert share is not None
+    assert share.warning.isprintable()
+    assert len(share.warning) < 500
