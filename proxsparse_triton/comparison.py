@@ -74,7 +74,11 @@ def compare(
             record = dataclasses.replace(record, folder=config.output / name)
             rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
         write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
-    write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
+    try:
+        write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
+    except BaseException as error:
+        error.add_note(f"The runs are complete in {config.output}; only their page is missing, which `pst report` writes.")
+        raise
     return Comparison(inputs, tuple(rows))
 
 

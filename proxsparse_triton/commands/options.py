@@ -158,6 +158,16 @@ def method_settings(options: dict[str, Any]) -> dict[str, object]:
     return {name: value for name, value in taken.items() if value is not None and (value != "auto" or name == "recipe")}
 
 
+def output_path(text: str) -> Path:
+    """What -o names, as MODEL and text are named: `~` is the home folder."""
+    from ..errors import OutputError
+
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"output folder: expected a home folder that is known, got {text}. Write the path out.") from error
+
+
 def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
     """The RunConfig of the shared options."""
     from ..pipeline import RunConfig
@@ -167,7 +177,7 @@ def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
         calibration = "stdlib" if model == "demo" else "c4"
     return RunConfig(
         model=model,
-        output=Path(options.pop("output")),
+        output=output_path(options.pop("output")),
         calibration=calibration,
         evaluation_windows=options.pop("eval_windows"),
         command=shlex.join(["pst", *sys.argv[1:]]),
