@@ -66,9 +66,11 @@ def export_run(
     """
     if format not in FORMATS:
         raise ConfigError(f"export: expected --format {', '.join(FORMATS)}, got {format!r}. Choose one of these.")
+    if Path(run).is_dir():
+        check_apart(output, Path(run), inside=True)
     check_output(output, overwrite=overwrite)
     source = resolve_model(run)
-    check_apart(output, source.folder)
+    check_apart(output, source.folder, inside=True)
 
     def choose() -> list[str]:
         model = _skeleton(source, None, trust_remote_code)

@@ -48,7 +48,7 @@ def end_of(error: BaseException) -> int:
     stopped = interrupts.pending() or (error if isinstance(error, KeyboardInterrupt) else None)
     interrupts.answer()
     if stopped is not None:
-        words = f"{stopped or 'interrupted'}; nothing half-written was left under the output's name"
+        words = f"{str(stopped) or 'interrupted'}; nothing half-written was left under the output's name"
         _say(". ".join([words, *_notes(error)]))
         return 128 + (stopped.number if isinstance(stopped, interrupts.Interrupted) else 2)
     if "--debug" in sys.argv:

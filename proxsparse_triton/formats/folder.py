@@ -76,20 +76,21 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             _remove_empty(made)
 
 
-def check_apart(path: Path, model: Path) -> None:
+def check_apart(path: Path, model: Path, *, inside: bool = False) -> None:
     """Raise OutputError where a run at `path` would replace the model in the folder `model` that it is made from, or lie in it.
 
     Links are followed, those of single files too. The unfinished run's name counts as well.
+
+    Args:
+        inside: it may lie in the model's folder (RUN/packed).
     """
     with explained(path):
         target, partial = _names(path)
         read = [Path(os.path.realpath(place)) for place in (model, *model.iterdir())]
         holds = any(_within(place, folder) for folder in (target, partial) for place in read)
-        if holds or _within(target, read[0]):
-            how = "holds it or files of it" if holds else "lies in it"
-            raise OutputError(
-                f"output folder: expected a folder apart from the model {model}, got {path}, which {how}. Choose another name with -o."
-            )
+        if holds or (not inside and _within(target, read[0])):
+            where = f"holds files of the model {model}" if holds else f"lies in the model {model}"
+            raise OutputError(f"output folder: expected an output folder of its own, got {path}, which {where}. Choose another name with -o.")
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -245,12 +245,13 @@ class TestApart:
         return run_folder(tmp_path / "table" / "model", "weights")
 
     def refused(self, output: Path, model: Path) -> None:
-        with pytest.raises(OutputError, match="expected a folder apart from the model"):
+        with pytest.raises(OutputError, match="expected an output folder of its own"):
             check_apart(output, model)
 
     def test_the_same_and_around_and_inside(self, model: Path) -> None:
         for output in (model, model / "run", model.parent, model.parent / "." / "x" / ".." / "model"):
             self.refused(output, model)
+        check_apart(model / "packed", model, inside=True)
         check_apart(model.parent / "other", model)
         check_apart(model.parent / "model2", model)
 
