@@ -10,7 +10,10 @@ from . import interrupts
 def main() -> NoReturn:
     """The command line as a process of its own."""
     interrupts.listen()
-    from .process import run
+    try:
+        from .process import run
+    except interrupts.Interrupted:
+        from .process import run  # which says so
 
     def command() -> None:
         from .cli import main as group

@@ -28,19 +28,31 @@ def run(command: Callable[[], object]) -> NoReturn:
     interrupts.listen()
     output = _open_streams()
     try:
-        try:
-            _check_alone()
-            command()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else _say(str(end.code))
-        interrupted = interrupts.pending()
-        if interrupted is not None and code != 128 + interrupted.number:  # it became something else on its way
-            raise interrupted
-        interrupts.finish()
+        code = _code_of(command)
     except BaseException as error:
-        code = end_of(error)
+        try:
+            code = end_of(error)
+        except interrupts.Interrupted as late:  # while the first was being told
+            code = end_of(late)
     sys.exit(_flushed(output, code))
+
+
+def _code_of(command: Callable[[], object]) -> int:
+    """The exit code of what runs to its end."""
+    heard = interrupts.pending()  # before there was anybody to tell
+    if heard is not None:
+        raise heard
+    try:
+        _check_alone()
+        command()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else _say(str(end.code))
+    heard = interrupts.pending()
+    if heard is not None and code != 128 + heard.number:  # it became something else on its way
+        raise heard
+    interrupts.finish()
+    return code
 
 
 def end_of(error: BaseException) -> int:

@@ -162,6 +162,8 @@ def output_path(text: str) -> Path:
     """What -o names, as MODEL and text are named: `~` is the home folder."""
     from ..errors import OutputError
 
+    if not text:
+        raise OutputError("output folder: expected a name, got an empty one. Is a variable of the shell unset?")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -90,7 +90,9 @@ def check_apart(path: Path, model: Path, *, inside: bool = False) -> None:
         holds = any(_within(place, folder) for folder in (target, partial) for place in read)
         if holds or (not inside and _within(target, read[0])):
             where = f"holds files of the model {model}" if holds else f"lies in the model {model}"
-            raise OutputError(f"output folder: expected an output folder of its own, got {path}, which {where}. Choose another name with -o.")
+            raise OutputError(
+                f"output folder: expected an output folder of its own, got {path}, which {where}. Choose another name with -o."
+            )
 
 
 def check_space(path: Path, needed: int) -> None:
