@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .errors import ProxSparseError
+from .process import end_of, run
 
 # command name -> (module, attribute, one line of help); the help stands here so that `pst --help` imports no command.
 COMMANDS = {
@@ -48,17 +49,13 @@ class _Group(click.Group):
         except ProxSparseError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"pst: {' '.join([*str(error).split(), *_notes(error)])}", err=True)
-            ctx.exit(1)
+            ctx.exit(end_of(error))
         except KeyboardInterrupt as error:
-            said = ["interrupted; nothing half-written was left under the output's name", *_notes(error)]
-            click.echo(f"pst: {'. '.join(said)}", err=True)
-            sys.exit(130)
+            sys.exit(end_of(error))
 
-
-def _notes(error: BaseException) -> list[str]:
-    """What was added on its way up: where that which was done is kept."""
-    return getattr(error, "__notes__", [])
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a process of its own, whose every ending is one line; `main`, which tests call, lets a bug show itself."""
+        run(lambda: self.main(*args, **kwargs))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,3 +66,7 @@ def main(debug: bool) -> None:
 
     MODEL is a Hub id, a local folder, or `demo` (a small trained model that ships with this package).
     """
+
+
+if __name__ == "__main__":
+    main()

@@ -81,7 +81,11 @@ def compare(
                 DECODER: inputs.plan.share().as_json(),
             },
         )
-    write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
+    try:
+        write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
+    except BaseException as error:
+        error.add_note(f"The runs are complete in {config.output}; only their page is missing, which `pst report` writes.")
+        raise
     return Comparison(inputs, tuple(rows))
 
 

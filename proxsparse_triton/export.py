@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import ConfigError, ModelError, OutputError
+from .errors import ConfigError, ModelError
 from .formats.dense import write_pruned_model
-from .formats.folder import FILES, check_output, check_space, output_folder
+from .formats.folder import FILES, check_apart, check_output, check_space, output_folder
 from .formats.manifest import DECODER, PARAMETERS, WEIGHTS_UPDATED, write_manifest
 from .formats.masks import save_masks
 from .formats.packed import WEIGHT, PackedModel, read_packed, write_packed_model
@@ -66,10 +66,11 @@ def export_run(
     """
     if format not in FORMATS:
         raise ConfigError(f"export: expected --format {', '.join(FORMATS)}, got {format!r}. Choose one of these.")
+    if Path(run).is_dir():
+        check_apart(output, Path(run), inside=True)
     check_output(output, overwrite=overwrite)
     source = resolve_model(run)
-    if source.folder.resolve().is_relative_to(output.resolve()):
-        raise OutputError(f"export: expected an output folder of its own, got {output}, which holds {run}. Choose another one with -o.")
+    check_apart(output, source.folder, inside=True)
 
     def choose() -> list[str]:
         model = _skeleton(source, None, trust_remote_code)
@@ -80,7 +81,7 @@ def export_run(
         raise ConfigError(f"export: expected no --include or --skip, as {run} records its pruned layers, got one. Leave it out.")
     size = sum(path.stat().st_size for path in source.weight_files)
     check_space(output, _needed(format, size, pruned))
-    with output_folder(output, overwrite=overwrite) as out:
+    with output_folder(output, overwrite=overwrite, source=source.folder) as out:
         _write(format, pruned, out, _record(run, format, source, pruned), progress)
         written = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     return ExportRecord(format, output, tuple(pruned), written, size)

@@ -23,7 +23,7 @@ from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_me
 from .evaluation.perplexity import perplexity
 from .evaluation.restore import restore_test
 from .formats.dense import check_parameters, write_pruned_model
-from .formats.folder import FILES, check_output, check_space, output_folder
+from .formats.folder import FILES, check_apart, check_output, check_space, output_folder
 from .formats.manifest import DECODER, write_manifest
 from .formats.masks import save_masks
 from .formats.records import file_records
@@ -157,6 +157,7 @@ def prune(config: RunConfig, progress: Progress = SILENT) -> RunRecord:
 def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) -> tuple[nn.Module, Inputs]:
     """Checks everything that can be checked, reads text and model, prints the plan, measures the dense model."""
     source = resolve_model(config.model, revision=config.revision)
+    check_apart(config.output, source.folder)
     check_space(config.output, sum(path.stat().st_size for path in source.weight_files))
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, progress=progress)
     seqlen = checked_seqlen(config.seqlen, load_config(source, trust_remote_code=config.trust_remote_code))
@@ -267,7 +268,8 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
     is in memory.
     """
     size = sum(path.stat().st_size for path in inputs.source.weight_files)
-    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=[METRICS, MASKS_NAME], needed=size) as out:
+    kept, folder = [METRICS, MASKS_NAME], inputs.source.folder
+    with output_folder(config.output, overwrite=config.overwrite, keep_on_error=kept, needed=size, source=folder) as out:
         with _metrics(out / METRICS) as record, explain_out_of_memory("prune", f"{config.method} on {config.place}", _ADVICE):
             windows = () if inputs.calibration is None else inputs.calibration.tokens
             task = PruneTask(take_model(), inputs.plan, windows, config.seed, config.memory, progress, record)

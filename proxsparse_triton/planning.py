@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -236,7 +237,7 @@ def config_source(spec: str, revision: str | None) -> ModelSource:
 
     Raises: ModelError: no model, or it cannot be fetched.
     """
-    if spec == DEMO or Path(spec).expanduser().exists():
+    if spec == DEMO or os.path.exists(os.path.expanduser(spec)):
         return without_weights(spec) or resolve_model(spec, revision=revision)
     from huggingface_hub import snapshot_download
 

@@ -36,15 +36,14 @@ def export(
     dense: the model alone, zeros included. masks: masks.safetensors. packed: kept weights and their positions, 9/16 of the bytes of the
     pruned layers (16-bit weights), bit for bit the same model; proxsparse_triton.load_packed loads it.
     """
-    from pathlib import Path
-
     from ..export import export_run
     from .console import console_progress
+    from .options import output_path
 
     with console_progress() as progress:
         record = export_run(
             run,
-            Path(output),
+            output_path(output),
             format=format,
             include=include,
             skip=skip,

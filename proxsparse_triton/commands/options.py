@@ -165,16 +165,28 @@ def method_settings(options: dict[str, Any]) -> dict[str, object]:
     return {name: value for name, value in taken.items() if value is not None and (value != "auto" or name == "recipe")}
 
 
+def output_path(text: str) -> Path:
+    """What -o names, as MODEL and text are named: `~` is the home folder."""
+    from ..errors import OutputError
+
+    if not text:
+        raise OutputError("output folder: expected a name, got an empty one. Is a variable of the shell unset?")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"output folder: expected a home folder that is known, got {text}. Write the path out.") from error
+
+
 def run_config(model: str, options: dict[str, Any], **more: Any) -> RunConfig:
     """The RunConfig of the shared options."""
     from ..pipeline import RunConfig
 
-    calibration = options.pop("calibration")
+    calibration, output = options.pop("calibration"), options.pop("output")
     if calibration is None:
         calibration = "stdlib" if model == "demo" else "c4"
     return RunConfig(
         model=model,
-        output=Path(options.pop("output") or "."),  # a plan has none, and writes nothing
+        output=output_path("." if output is None else output),  # a plan has none, and writes nothing
         calibration=calibration,
         evaluation_windows=options.pop("eval_windows"),
         command=shlex.join(["pst", *sys.argv[1:]]),

@@ -1,54 +1,61 @@
 """The output folder appears atomically: everything is written to `<path>.partial`, flushed, then renamed.
 
-A folder under the output's own name is therefore always a finished run. Every write error becomes one explained line.
+A folder under the output's own name is therefore always a finished run. An earlier run is exchanged for the new one in one step where
+the system can do that. Only what is this tool's own is deleted, see owned.py. Every write error becomes one explained line.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .. import interrupts
 from ..errors import OutputError
+from ..marks import TOOL
+from .exchange import exchange
+from .locks import BusyError, Lock
+from .owned import COMPARISON, FILES, MANIFEST_NAME, MARKER, delete, is_run, is_whole, manifest_of, mark, strangers
+from .writing import atomic_file, explained, flush, flush_one, readable_bytes
 
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks: two runs into one folder are then not told apart
-    fcntl = None  # type: ignore[assignment]
+# Those of the modules around too: whoever writes or knows a folder needs no other.
+__all__ = [
+    "FILES",
+    "MANIFEST_NAME",
+    "TOOL",
+    "atomic_file",
+    "check_apart",
+    "check_output",
+    "check_space",
+    "is_run",
+    "output_folder",
+    "readable_bytes",
+]
 
-TOOL = "proxsparse-triton"
-MANIFEST_NAME = "manifest.json"
-FILES = "files"  # of the manifest: what the folder held when it was written, see records.py
-ADDED = ("report.html", "report/")  # what pst adds to a run later on
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-NO_PERMISSION = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO})
-
-
-def readable_bytes(count: float) -> str:
-    """A size for people: 13.5 GB, 820.0 MB, 12 bytes."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
+ROOM = 100  # characters for a file's name below the folder, where paths are limited
+ATTEMPTS = 100  # to lock a folder that others remove at the same moment
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless a run may be written to `path`; to be called before any work.
 
-    An existing folder must be empty. With `overwrite` it may also hold an earlier run of this tool, recognised by a
-    manifest.json whose `tool` is proxsparse-triton; nothing else is ever replaced. Missing parents are allowed.
+    An existing folder must be empty. With `overwrite` it may also hold an earlier run of this tool whose manifest.json lists its files,
+    and nothing but these (and what `pst report` added); nothing else is ever replaced. `<path>.partial` may be what an unfinished run
+    left. Missing parents are allowed. What a kill left of an earlier replacement is completed first.
     """
-    with _explained(path):
+    with explained(path):
         target, partial = _names(path)
+        _recover(target, partial)
         if target.exists() and not target.is_dir():
             raise OutputError(f"output folder: expected a new or empty folder, got the file {path}. Choose another name with -o.")
-        if partial.exists() and not partial.is_dir():
-            raise OutputError(f"output folder: expected a free name for the unfinished run, got the file {partial}. Move it away.")
+        if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
+            what = "link" if partial.is_symlink() else "file"
+            raise OutputError(f"output folder: expected a free name for the unfinished run, got the {what} {partial}. Move it away.")
         if os.path.ismount(target):
             raise OutputError(
                 f"output folder: expected a folder that can be renamed, got the mount point {path}. Choose a folder below it."
@@ -58,7 +65,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         made = _make_folders(target.parent)
         try:
             if partial.is_dir():  # left over by an interrupted run, or in use by one that still writes
-                _unlock(_lock(partial))
+                with _locked(partial):
+                    _check_leftover(partial)
             else:
                 partial.mkdir()
                 partial.rmdir()
@@ -68,9 +76,28 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             _remove_empty(made)
 
 
+def check_apart(path: Path, model: Path, *, inside: bool = False) -> None:
+    """Raise OutputError where a run at `path` would replace the model in the folder `model` that it is made from, or lie in it.
+
+    Links are followed, those of single files too. The unfinished run's name counts as well.
+
+    Args:
+        inside: it may lie in the model's folder (RUN/packed).
+    """
+    with explained(path):
+        target, partial = _names(path)
+        read = [Path(os.path.realpath(place)) for place in (model, *model.iterdir())]
+        holds = any(_within(place, folder) for folder in (target, partial) for place in read)
+        if holds or (not inside and _within(target, read[0])):
+            where = f"holds files of the model {model}" if holds else f"lies in the model {model}"
+            raise OutputError(
+                f"output folder: expected an output folder of its own, got {path}, which {where}. Choose another name with -o."
+            )
+
+
 def check_space(path: Path, needed: int) -> None:
     """Raise OutputError unless about `needed` bytes are free where `path` is or will be."""
-    with _explained(path):
+    with explained(path):
         place = _names(path)[0]
         while not place.exists():
             place = place.parent
@@ -83,111 +110,186 @@ def check_space(path: Path, needed: int) -> None:
 
 
 @contextmanager
-def output_folder(path: Path, *, overwrite: bool = False, keep_on_error: Sequence[str] = (), needed: int | None = None) -> Iterator[Path]:
-    """Yield `<path>.partial`, a fresh folder to write to; it becomes `path` when the block ends without an exception.
+def output_folder(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    keep_on_error: Sequence[str] = (),
+    needed: int | None = None,
+    source: Path | None = None,
+) -> Iterator[Path]:
+    """Yield `<path>.partial`, a folder to write to that is empty but for a marker; it becomes `path` when the block ends well.
 
     On any exception, KeyboardInterrupt included, everything in it is removed except the files of `keep_on_error` that
-    exist and are not empty, and an earlier run at `path` stays as it was. A partial folder left by an interrupted run is
-    replaced; one that another process is writing to is refused.
+    exist and are not empty, and an earlier run at `path` stays as it was. Where only the last renaming fails, the finished run stays
+    in the partial folder as it is. A partial folder left by an interrupted run is replaced; one that another process is writing to,
+    or that holds anything else, is refused.
 
     Args:
         overwrite: as for `check_output`, which is called first.
         keep_on_error: names directly inside the folder (metrics.jsonl); a folder of that name is kept whole.
         needed: bytes the whole run takes, named in the message when the disk is full.
-    Raises: OutputError: `path` may not be written, the disk is full, or the final rename failed.
+        source: the model whose files are copied under their own names; what a kill leaves of them is known by these.
+    Raises: OutputError: `path` may not be written, the disk is full, or the final rename failed. What is kept, and where, is added to
+        any exception as a note.
     """
     check_output(path, overwrite=overwrite)
-    with _explained(path):
+    with explained(path):
         target, partial = _names(path)
         made = _make_folders(target.parent)
-        if partial.exists():
-            _unlock(_lock(partial))
-            shutil.rmtree(partial)
-        partial.mkdir()
-        lock = _lock(partial)
+        lock = _claim(partial, source)
+    finished = False
     try:
-        with _explained(path, writing=partial, needed=needed):
+        with explained(path, writing=partial, needed=needed):
             yield partial
-        with _explained(path, needed=needed):
-            _flush(partial)
-            _publish(partial, target, overwrite)
+        with explained(path, needed=needed):
+            flush(partial)
+            (partial / MARKER).unlink(missing_ok=True)
+            finished = True
+            _publish(path, target, partial, overwrite)
     except BaseException as error:
-        _discard(partial, keep_on_error, made)
-        if partial.exists():
-            kept = ", ".join(sorted(entry.name for entry in partial.iterdir()))
-            error.add_note(f"Kept in {path}.partial until the next run of that name: {kept}.")
+        interrupts.answer()
+        if not finished and lock.holds(partial):  # by its name alone it might be another run's by now
+            _discard(partial, keep_on_error, made)
+        _note_what_is_kept(error, path, target, partial, lock, finished)
         raise
     finally:
-        _unlock(lock)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; the file written there replaces `path` when the block ends well.
-
-    Raises: OutputError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    with _explained(path):
-        try:
-            yield temporary
-            _flush_one(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def is_run(folder: Path) -> bool:
-    """True if `folder` holds a manifest.json written by this tool."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("tool") == TOOL
+        lock.release()
 
 
 def _names(path: Path) -> tuple[Path, Path]:
-    """The real folder behind `path` (links and '.' resolved, since a link cannot be renamed over) and its partial twin."""
+    """The real folder behind `path` (links and '.' resolved, since a link cannot be renamed over) and its partial twin.
+
+    OutputError: a name that cannot be used. OSError: one that is too long.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise OutputError(f"output folder: expected a name without NUL, got {text!a}. Choose another name with -o.")
     target = Path(os.path.realpath(path))
-    return target, target.with_name(f"{target.name}.partial") if target.name else target
+    try:
+        str(target).encode("utf-8")
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"output folder: expected a name in UTF-8, got {str(target)!a}, below which weights cannot be written. "
+            "Choose another name with -o."
+        ) from None
+    if target.is_symlink():
+        raise OutputError(f"output folder: expected a folder, got {path}, a link that leads to itself. Choose another name with -o.")
+    if not target.name:
+        return target, target
+    partial = target.with_name(f"{target.name}.partial")
+    for longest in (_aside(target), partial / ("x" * ROOM)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            longest.lstat()
+    return target, partial
+
+
+def _aside(target: Path) -> Path:
+    """Where an earlier run waits where it cannot be exchanged."""
+    return target.with_name(f"{target.name}.replaced-{os.getpid()}")
 
 
 def _check_replaceable(path: Path, target: Path, overwrite: bool) -> None:
-    earlier = is_run(target)
-    if overwrite and earlier:
-        strangers = _strangers(target)
-        if strangers:
-            more = "" if len(strangers) == 1 else f" and {len(strangers) - 1} more"
-            raise OutputError(
-                f"output folder: expected only what was written with the run at {path}, got {strangers[0]}{more}, which --overwrite would "
-                "delete. Move it away, or choose another name with -o."
-            )
-        return
+    manifest = manifest_of(target)
+    if overwrite and manifest:
+        found = strangers(target)
+        if not found:
+            return
+        more = "" if len(found) == 1 else f" and {len(found) - 1} more"
+        recorded = isinstance(manifest.get(FILES), dict) or isinstance(manifest.get(COMPARISON), list)
+        why = "" if recorded else f" (the {MANIFEST_NAME} there lists no files, as those of earlier versions)"
+        raise OutputError(
+            f"output folder: expected only what was written with the run at {path}, got {found[0]}{more}, which --overwrite would "
+            f"delete{why}. Move it away, or choose another name with -o."
+        )
     if overwrite:
         raise OutputError(
             f"output folder: expected an earlier run of this tool at {path}, got a folder with other files, which are kept. "
             f"--overwrite only replaces a folder whose {MANIFEST_NAME} has the tool {TOOL}; choose another name with -o."
         )
-    holds = "an earlier run" if earlier else "a folder with other files"
+    holds = "an earlier run" if manifest else "a folder with other files"
     raise OutputError(
         f"output folder: expected a new or empty folder, got {path}, {holds}, which is kept. "
         "Choose another name with -o; --overwrite only replaces an earlier run of this tool."
     )
 
 
-def _strangers(folder: Path) -> list[str]:
-    """Files below a run or a comparison of runs that are in none of their records; none where there is no record."""
-    manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    files, compared = manifest.get(FILES), manifest.get("comparison")
-    if not isinstance(files, dict) and not isinstance(compared, list):
-        return []
-    known = set(files) if isinstance(files, dict) else set()
-    runs = [path for path in folder.iterdir() if is_run(path)] if isinstance(compared, list) else []
-    inside = [f"{run.name}/{name}" for run in runs for name in _strangers(run)]
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    skipped = (*ADDED, MANIFEST_NAME, *(f"{run.name}/" for run in runs))
-    return inside + [name for name in names if name not in known and not name.startswith(skipped)]
+def _check_leftover(partial: Path) -> None:
+    found = strangers(partial, unfinished=True)
+    if found:
+        more = "" if len(found) == 1 else f" and {len(found) - 1} more"
+        raise OutputError(
+            f"output folder: expected a free name for the unfinished run, got {partial} with {found[0]}{more}, which no run of this tool "
+            "left there. Move it away, or choose another name with -o."
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """OutputError where another process has `folder`."""
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(folder: Path) -> Lock:
+    try:
+        return Lock(folder)
+    except BusyError:
+        raise OutputError(
+            f"output folder: expected a folder that no other run uses, got {folder}, which another process is writing. "
+            "Wait for it or choose another name with -o."
+        ) from None
+
+
+def _claim(partial: Path, source: Path | None) -> Lock:
+    """The lock of `partial`, which is made, or emptied of what a run left there; nobody else has it in between."""
+    for _ in range(ATTEMPTS):
+        with suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            lock = _lock(partial)
+        except FileNotFoundError:  # whoever had it is done
+            continue
+        if lock.holds(partial):
+            break
+        lock.release()
+    else:
+        raise OutputError(f"output folder: expected a folder that stays, got {partial}, which others remove. Choose another name with -o.")
+    try:
+        _check_leftover(partial)
+        delete(partial, keep_folder=True)
+        mark(partial, source)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _recover(target: Path, partial: Path) -> None:
+    """Complete what a kill left of a replacement in two steps; RUN.replaced-PID goes, the run that is whole gets its name."""
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"{re.escape(target.name)}\.replaced-\d+")
+    for aside in sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name)):
+        if aside.is_symlink() or not aside.is_dir():
+            continue
+        try:
+            lock = Lock(aside)
+        except BusyError:  # its run is at work
+            continue
+        try:
+            if strangers(aside, unfinished=True):  # somebody else's
+                continue
+            if not os.path.lexists(target) and is_whole(aside):
+                done = is_whole(partial) and not (partial / MARKER).exists() and not strangers(partial)
+                os.rename(partial if done else aside, target)
+            if aside.exists():
+                delete(aside)
+        finally:
+            lock.release()
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -207,71 +309,40 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _lock(folder: Path) -> int:
-    """Descriptor of `folder`, locked until it is closed: a second run must not delete what a first one is writing."""
-    if fcntl is None:
-        return -1
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OutputError(
-            f"output folder: expected a folder that no other run uses, got {folder}, which another process is writing. "
-            "Wait for it or choose another name with -o."
-        ) from None
-    except OSError:  # a file system without locks: go on unlocked
-        return descriptor
-    return descriptor
-
-
-def _unlock(descriptor: int) -> None:
-    if descriptor >= 0:
-        os.close(descriptor)
-
-
-def _flush(folder: Path) -> None:
-    """Force everything below `folder` to the disk: a rename may survive a power cut that its contents do not."""
-    for current, _, files in os.walk(folder):
-        for name in files:
-            _flush_one(Path(current) / name)
-        with suppress(OSError):  # some file systems cannot flush a folder
-            _flush_one(Path(current))
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Rename `partial` to `target`; an earlier run there is moved aside, put back on failure, deleted on success."""
-    earlier = overwrite and target.is_dir() and is_run(target)
-    aside = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-    try:
-        if earlier:
-            os.rename(target, aside)
+def _publish(path: Path, target: Path, partial: Path, overwrite: bool) -> None:
+    """Give `partial` the name `target`; an earlier run there is exchanged for it and deleted."""
+    if not (overwrite and target.is_dir() and is_run(target)):
         os.rename(partial, target)  # an empty folder is replaced; one that filled up meanwhile makes this fail
-    except BaseException:
-        if earlier and aside.exists() and not target.exists():
-            os.rename(aside, target)
-        raise
+        _flush_parent(target)
+        return
+    _check_replaceable(path, target, overwrite)  # again: hours may have passed
+    with _locked(target):  # the earlier run, under whichever name it goes
+        earlier = partial
+        if not exchange(partial, target):
+            earlier = _aside(target)
+            os.rename(target, earlier)
+            try:
+                os.rename(partial, target)
+            except BaseException:
+                if not os.path.lexists(target):
+                    os.rename(earlier, target)
+                raise
+        _flush_parent(target)
+        try:
+            delete(earlier)
+        except OSError as error:
+            warnings.warn(f"the replaced run could not be deleted and stays in {earlier}: {error}", stacklevel=5)
+
+
+def _flush_parent(target: Path) -> None:
     with suppress(OSError):  # some file systems cannot flush a folder
-        _flush_one(target.parent)
-    try:
-        if earlier:
-            shutil.rmtree(aside)
-    except OSError as error:
-        warnings.warn(f"the replaced run could not be deleted and stays in {aside}: {error}", stacklevel=4)
+        flush_one(target.parent)
 
 
 def _discard(partial: Path, keep: Sequence[str], made: Sequence[Path]) -> None:
     """Empty `partial` except for the files worth keeping; never raises, since an exception is on its way already."""
     with suppress(OSError):
-        for entry in list(partial.iterdir()):
+        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == MARKER):
             with suppress(OSError):
                 if entry.is_dir() and not entry.is_symlink():
                     if entry.name not in keep:
@@ -282,50 +353,24 @@ def _discard(partial: Path, keep: Sequence[str], made: Sequence[Path]) -> None:
         _remove_empty(made)
 
 
-@contextmanager
-def _explained(path: Path, *, writing: Path | None = None, needed: int | None = None) -> Iterator[None]:
-    """Turn an OSError into an OutputError.
+def _note_what_is_kept(error: BaseException, path: Path, target: Path, partial: Path, lock: Lock, finished: bool) -> None:
+    if lock.holds(target):
+        error.add_note(f"The run is complete in {path}; what is left of the one that it replaces goes with the next run of that name.")
+    elif finished and lock.holds(partial):
+        error.add_note(f"The finished run is whole in {partial}: give it another name, the next run of the name {path} replaces it.")
+    elif lock.holds(partial):
+        kept = ", ".join(sorted(entry.name for entry in partial.iterdir()))
+        error.add_note(f"Kept in {path}.partial until the next run of that name: {kept}.")
 
-    With `writing` (the caller's own code runs inside) only errors about that folder are turned: one about an input file is
-    not ours to explain.
-    """
+
+def _within(path: Path, folder: Path) -> bool:
+    """True if `path` is `folder` or lies in it, under whatever names."""
     try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        if writing is not None and not _concerns(error, writing):
-            raise
-        raise OutputError(_explanation(error, path, writing, needed)) from error
-
-
-def _concerns(error: OSError, folder: Path) -> bool:
-    if error.errno in NO_SPACE:
-        return True
-    if error.errno not in NO_PERMISSION:
+        wanted = folder.stat()
+    except OSError:
         return False
-    if error.filename is None:  # a failing write() knows no name
-        return True
-    return isinstance(error.filename, str | os.PathLike) and Path(os.path.realpath(error.filename)).is_relative_to(folder)
-
-
-def _explanation(error: OSError, path: Path, writing: Path | None, needed: int | None) -> str:
-    reason = (error.strerror or str(error)).lower()
-    if error.errno in NO_SPACE:
-        if needed is None and writing is not None:
-            size = f"more than the {readable_bytes(_size(writing))} written so far"
-        else:
-            size = f"about {readable_bytes(needed)}" if needed is not None else "more than what is free"
-        return (
-            f"output folder: expected room for the run, got no space left on {error.filename or path}: needs {size}. "
-            "Free some space or choose another disk with -o."
-        )
-    where = path if error.filename is None else error.filename
-    return f"output folder: expected a place to write, got {reason} at {where}. Choose another folder with -o or change its permissions."
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    with suppress(OSError):
-        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return total
+    for place in (path, *path.parents):
+        with suppress(OSError):
+            if os.path.samestat(place.stat(), wanted):
+                return True
+    return False

@@ -56,7 +56,7 @@ def write_manifest(out: Path, manifest: Mapping[str, object]) -> None:
     }
     text = json.dumps(plain("write_manifest", record), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_file(out / MANIFEST_NAME) as file:
-        file.write_text(text + "\n", encoding="utf-8")
+        file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8; JSON has these escapes
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

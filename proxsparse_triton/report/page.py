@@ -11,14 +11,14 @@ from html import escape
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
+from ..marks import HEAD_BYTES
+from ..marks import PAGE_MARK as MARKER
 from . import figures, png, sections
 from .charts import Chart
 from .reading import TOOL, Run, read_runs
 from .style import STYLE
 from .text import plural
 
-MARKER = f"<!-- written by pst report ({TOOL}); this line lets it be replaced -->"
-HEAD_BYTES = 1000  # the marker stands within
 SUFFIXES = (".html", ".htm")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..marks import HEAD_BYTES, PICTURE_MARK
 from .charts import (
     COLORS,
     SCALE,
@@ -27,8 +28,6 @@ from .charts import (
     x_range,
 )
 
-AUTHOR = "pst report (proxsparse-triton)"  # stands in every picture: what has it may be replaced
-HEAD_BYTES = 2000
 DPI = 150
 
 
@@ -48,10 +47,17 @@ def check_folder(folder: Path, charts: Sequence[Chart]) -> None:
         raise OutputError(f"report: expected a folder for pictures, got the file {folder}. Choose another page with -o.")
     for chart in charts:
         path = _path(folder, chart)
-        if path.exists() and AUTHOR.encode() not in path.read_bytes()[:HEAD_BYTES]:
+        if path.exists() and not _own(path):
             raise OutputError(
                 f"report: expected a picture that pst wrote, got the file {path}, which is kept. Choose another page with -o."
             )
+
+
+def _own(path: Path) -> bool:
+    """True for a picture that pst wrote, and for an empty file."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    return not head or PICTURE_MARK.encode() in head
 
 
 def write(folder: Path, charts: Sequence[Chart]) -> tuple[Path, ...]:
@@ -60,7 +66,13 @@ def write(folder: Path, charts: Sequence[Chart]) -> tuple[Path, ...]:
     for chart in charts:
         figure = _draw(chart)
         figure.suptitle(chart.title, fontsize=10)
-        figure.savefig(_path(folder, chart), dpi=DPI, metadata={"Software": AUTHOR})
+        path = _path(folder, chart)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": PICTURE_MARK})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     return tuple(_path(folder, chart) for chart in charts)
 
 

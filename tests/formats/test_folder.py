@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from proxsparse_triton.errors import OutputError
-from proxsparse_triton.formats import folder as folder_module
 from proxsparse_triton.formats.folder import atomic_file, check_output, check_space, is_run, output_folder
+from proxsparse_triton.formats.owned import MARKER
 
 
 def earlier_run(path: Path, mark: str = "old") -> Path:
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"tool": "proxsparse-triton"}))
+    (path / "manifest.json").write_text(json.dumps({"tool": "proxsparse-triton", "files": {"mark": {}}}))
     (path / "mark").write_text(mark)
     return path
 
@@ -163,8 +163,9 @@ class TestOutputFolder:
 
     def test_leftovers_of_an_interrupted_run_are_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "run.partial" / "junk").mkdir(parents=True)
+        (tmp_path / "run.partial" / "metrics.jsonl").write_text("{}\n")
         with output_folder(tmp_path / "run") as partial:
-            assert contents(partial) == set()
+            assert contents(partial) == {MARKER}
         assert contents(tmp_path) == {"run"}
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -197,44 +198,6 @@ class TestOutputFolder:
             (partial / "new").touch()
             assert (run / "mark").read_text() == "old"  # there until the new one is finished
         assert contents(tmp_path) == {"run", "run/new"}
-
-    def test_a_failing_rename_puts_the_old_run_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        run = earlier_run(tmp_path / "run")
-        rename = os.rename
-
-        def fail_for_partial(source: Path, target: Path) -> None:
-            if str(source).endswith(".partial"):
-                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source), None, str(target))
-            rename(source, target)
-
-        monkeypatch.setattr(os, "rename", fail_for_partial)
-        with pytest.raises(OutputError, match="busy"):
-            write(run, lambda partial: (partial / "new").touch(), overwrite=True)
-        assert contents(tmp_path) == {"run", "run/manifest.json", "run/mark"}
-
-    @pytest.mark.parametrize("overwrite", [False, True])
-    def test_a_folder_that_filled_up_meanwhile_is_kept(self, tmp_path: Path, overwrite: bool) -> None:
-        def body(partial: Path) -> None:
-            (partial / "new").touch()
-            (tmp_path / "run").mkdir()
-            (tmp_path / "run" / "theirs").touch()
-            if not overwrite:  # even a run of this tool is only replaced when asked to
-                (tmp_path / "run" / "manifest.json").write_text('{"tool": "proxsparse-triton"}')
-
-        with pytest.raises(OutputError, match="not empty"):
-            write(tmp_path / "run", body, overwrite=overwrite)
-        assert contents(tmp_path) - {"run/manifest.json"} == {"run", "run/theirs"}
-
-    def test_an_old_run_that_cannot_be_deleted_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        run = earlier_run(tmp_path / "run")
-
-        def refuse(path: Path) -> None:
-            raise PermissionError(errno.EACCES, "denied")
-
-        monkeypatch.setattr(folder_module.shutil, "rmtree", refuse)
-        with pytest.warns(UserWarning, match="could not be deleted and stays in"):
-            write(run, lambda partial: (partial / "new").touch(), overwrite=True)
-        assert (run / "new").exists()
 
     def test_two_runs_into_one_folder_do_not_delete_each_other(self, tmp_path: Path) -> None:
         with output_folder(tmp_path / "run") as first:
