@@ -176,7 +176,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 def test_one_stem_per_operation() -> None:
     """kernels, reference, ops and their tests call an operation by the same word; the helpers beside it are named here."""
     helpers = {
-        "ops": {"dispatch", "partial"},
+        "ops": {"dispatch", "partial", "sharded"},
         "reference": {"block", "metadata", "storage"},
         "kernels": {
             *("block", "partial", "pending", "ptx", "solver", "sweeps"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, ConfigError, ShapeError
+from .sharded import is_dtensor
 
 BACKENDS = ("triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,8 +32,11 @@ def kernels_compile(device: torch.device) -> bool:
 def choose_backend(function: str, tensor: Tensor, backend: str | None) -> str:
     """CUDA from Ampere on -> triton, everything else (and fp64) -> reference, unless `backend` says otherwise.
 
-    Raises: ConfigError: unknown backend. BackendError: triton asked for where it cannot run.
+    Raises: TypeError: a DTensor, which no backend takes whole. ConfigError: unknown backend. BackendError: triton asked for where it
+        cannot run.
     """
+    if is_dtensor(tensor):
+        raise TypeError(f"{function}: expected a plain tensor, got a DTensor. Pass each rank's part, .to_local(), or .full_tensor().")
     if backend is None:
         able = tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and have_triton()
         # torch.compile, which cannot ask a device, needs a card as new anyway.
@@ -103,7 +107,9 @@ def check_partial(function: str, partial: Tensor | None, rows: int | None, width
 
 
 def check_like(function: str, name: str, value: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """ShapeError or ConfigError unless `value` has that shape and lives on that device."""
+    """ShapeError or ConfigError unless `value` is a plain tensor of that shape on that device."""
+    if is_dtensor(value):
+        raise ConfigError(f"{function}: expected {name} not sharded, as the other tensors, got a DTensor. Pass its part, .to_local().")
     if tuple(value.shape) != tuple(shape):
         raise ShapeError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}. Pass matching tensors.")
     if value.device != device:

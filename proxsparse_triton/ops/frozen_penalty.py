@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ConfigError
 from ..reference import frozen_penalty as reference
 from .dispatch import check_floating, check_like, check_partial, check_strength, choose_backend
+from .sharded import all_sum, check_sharded_alike, is_dtensor, local
 
 
 def _evaluate(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, grad: Tensor | None, accumulate: bool, backend: str) -> Tensor:
@@ -51,10 +52,25 @@ class _FrozenPenalty(torch.autograd.Function):
         return grad.mul_(grads[0]), None, None, None, None
 
 
+class _Total(torch.autograd.Function):
+    """The sum of every rank's value of its part of `w`. Each rank differentiates its own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, w: Tensor) -> Tensor:
+        return all_sum(value.detach().view(1), [w])[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 def _check(function: str, w: Tensor, w0: Tensor, lam: float, frozen_eps: float) -> None:
     check_floating(function, "w", w)
     check_floating(function, "w0", w0)
-    check_like(function, "w0", w0, w.shape, w.device)
+    if is_dtensor(w):
+        check_sharded_alike(function, "w0", w0, w)
+    else:
+        check_like(function, "w0", w0, w.shape, w.device)
     check_strength(function, "lam", lam)
     check_strength(function, "frozen_eps", frozen_eps, positive=True)
 
@@ -67,7 +83,8 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, *, back
     Its gradient is 2 lam r a (2w - w0), with a = 1 / (w0 + eps sgn(w0)) and r = a w (w - w0).
 
     Args:
-        w: current weights, any shape; fp32, fp16 or bf16, computed in fp32 (fp64 in the reference). May require grad.
+        w: current weights, any shape; fp32, fp16 or bf16, computed in fp32 (fp64 in the reference). May require grad. Of a DTensor each
+            rank's part is worked on, and the value is that of the whole.
         w0: pretrained weights, like `w` (the dtype may differ); treated as constant.
         lam: lambda2 >= 0.
         frozen_eps: > 0, keeps the ratio finite where w0 is small.
@@ -78,6 +95,11 @@ def frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: float, *, back
     Source: Liu et al. 2025 (arXiv 2502.00258), section 3.3; docs/math.md.
     """
     _check("frozen_penalty", w, w0, lam, frozen_eps)
+    if is_dtensor(w):
+        part: Any = w
+        value = frozen_penalty(part.to_local(), local(w0), lam, frozen_eps, backend=backend)
+        total: Tensor = _Total.apply(value, w.detach())  # type: ignore[no-untyped-call]
+        return total
     result: Tensor = _FrozenPenalty.apply(w, w0, float(lam), float(frozen_eps), choose_backend("frozen_penalty", w, backend))  # type: ignore[no-untyped-call]
     return result
 
@@ -93,6 +115,10 @@ def accumulate_frozen_penalty(w: Tensor, w0: Tensor, lam: float, frozen_eps: flo
     if grad is None:
         raise ConfigError("accumulate_frozen_penalty: expected a gradient to add to, got None. Run backward first or pass zeros.")
     check_floating("accumulate_frozen_penalty", "grad", grad)
+    if is_dtensor(w):
+        check_sharded_alike("accumulate_frozen_penalty", "grad", grad, w)
+        value = accumulate_frozen_penalty(local(w), local(w0), lam, frozen_eps, local(grad), backend=backend)
+        return all_sum(value.view(1), [w])[0]
     check_like("accumulate_frozen_penalty", "grad", grad, w.shape, w.device)
     with torch.no_grad():
         backend = choose_backend("accumulate_frozen_penalty", w, backend)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..reference import masked as reference
 from ..sparsity import check_width
 from .dispatch import check_floating, check_like, choose_backend, flat
+from .sharded import check_sharded_alike, check_shards, columns_of, is_dtensor, local, sharded_like
 
 
 def _compute(w: Tensor, w0: Tensor, column_scale: Tensor | None, backend: str, out: Tensor) -> None:
@@ -56,7 +57,8 @@ def masked_weight_24(
 
     Args:
         w: learned weights, [..., in_features], in_features divisible by 4; fp32, fp16 or bf16, compared in fp32 (fp64 in fp64, reference
-            only). May be empty or a non-contiguous view. Not differentiated through, as nothing here is.
+            only). May be empty or a non-contiguous view. Not differentiated through, as nothing here is. Of a DTensor each rank's part is
+            worked on; w0 and out are then sharded alike.
         w0: pretrained weights, like `w` (the dtype may differ).
         column_scale: c, [in_features], >= 0; entries below 1e-20 (dead input features) are read as 1e-20. Left out, all are 1.
         out: where to write, like `w`; may be `w` or `w0` itself.
@@ -64,12 +66,21 @@ def masked_weight_24(
     Returns: like `w` (contiguous), or `out`. A kept weight is w0 bit for bit, or rounded to the nearest of w's dtype, a dropped one +0.0.
         Ties go to the lowest index, a NaN among the c w counts as -inf. Both backends give the same bits (but for those of a NaN in w0 that
         is converted).
-    Raises: TypeError: not a floating tensor, out of another dtype than w. ShapeError: in_features not divisible by 4, or w0, column_scale
-        or out of another shape. ConfigError: tensors on several devices. BackendError: backend not available.
+    Raises: TypeError: not a floating tensor, out of another dtype than w. ShapeError: in_features not divisible by 4 (on any rank of a
+        DTensor), or w0, column_scale or out of another shape. ConfigError: tensors on several devices, or sharded otherwise.
+        BackendError: backend not available.
     """
     check_floating("masked_weight_24", "w", w)
     check_width("masked_weight_24", w.shape)
     check_floating("masked_weight_24", "w0", w0)
+    if is_dtensor(w):
+        check_shards("masked_weight_24", "w", w)
+        check_sharded_alike("masked_weight_24", "w0", w0, w)
+        if out is not None:
+            check_sharded_alike("masked_weight_24", "out", out, w)
+        scale, target = columns_of("masked_weight_24", column_scale, w), None if out is None else local(out)
+        part = masked_weight_24(local(w), local(w0), column_scale=scale, out=target, backend=backend)
+        return sharded_like(part, w) if out is None else out
     check_like("masked_weight_24", "w0", w0, w.shape, w.device)
     if column_scale is not None:
         check_floating("masked_weight_24", "column_scale", column_scale)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..reference import prox as reference
 from ..sparsity import check_width
 from .dispatch import check_floating, check_like, check_strength, choose_backend, flat
+from .sharded import check_sharded_alike, check_shards, columns_of, is_dtensor, local, sharded_like
 
 SMALLEST_LAM = 2.0**-126  # the least normal fp32: anything below acts as 0
 
@@ -59,22 +60,30 @@ def prox_24(
 
     Args:
         z: [..., in_features], in_features divisible by 4; fp32, fp16 or bf16, computed in fp32 (fp64 in fp64, reference only).
-            May be empty or a non-contiguous view. Not differentiated through.
+            May be empty or a non-contiguous view. Not differentiated through. Of a DTensor each rank's part is worked on.
         lam: strength >= 0, used as it is (not multiplied by the learning rate). 0 is the identity.
         column_scale: [in_features], >= 0; entries below 1e-20 (dead input features) are read as 1e-20.
-        out: where to write, like `z`; may be `z` itself.
+        out: where to write, like `z`; may be `z` itself. For a DTensor it is sharded like it.
         backend: "triton" or "reference"; by default CUDA runs Triton and everything else plain torch.
     Returns: like `z` (contiguous), or `out`. Signs are kept, 0 <= |w| <= |z|, a dropped weight is +0.0, ties go to the lowest
         index and to the sparser point. A block that holds a NaN comes back all NaN; an infinity counts as the largest weight.
         Deterministic; in Triton the last bits of a block depend on its neighbours, who decide how long it is iterated with them, and
         some bf16 weights are the second nearest to the exact result (0.005 % at lam * rms = 0.005, 0.4 % at 0.1).
-    Raises: TypeError: not a floating tensor. ShapeError: in_features not divisible by 4, or column_scale or out of another
-        shape. ConfigError: lam negative or not finite, tensors on several devices. BackendError: backend not available.
+    Raises: TypeError: not a floating tensor. ShapeError: in_features not divisible by 4 (on any rank of a DTensor), or column_scale or
+        out of another shape. ConfigError: lam negative or not finite, tensors on several devices, or sharded otherwise.
+        BackendError: backend not available.
     Source: Liu et al. 2025 (arXiv 2502.00258), Algorithms 2 and 3, solved by Newton's method instead; docs/math.md.
     """
     check_floating("prox_24", "z", z)
     check_width("prox_24", z.shape)
     check_strength("prox_24", "lam", lam)
+    if is_dtensor(z):
+        check_shards("prox_24", "z", z)
+        if out is not None:
+            check_sharded_alike("prox_24", "out", out, z)
+        scale, target = columns_of("prox_24", column_scale, z), None if out is None else local(out)
+        part = prox_24(local(z), lam, column_scale=scale, out=target, backend=backend)
+        return sharded_like(part, z) if out is None else out
     if column_scale is not None:
         check_floating("prox_24", "column_scale", column_scale)
         check_like("prox_24", "column_scale", column_scale, (z.shape[-1],), z.device)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LearningError
+from ..ops.sharded import all_sum
 from ..sparsity import BLOCK
-from .distributed import all_sum
 from .parameters import OPTIMIZER, Parameter
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .distributed import local
+from ..ops.sharded import local
 
 OPTIMIZER = "ProxAdamW"
 
@@ -41,6 +41,11 @@ def parameter_at(groups: Sequence[dict[str, Any]], number: int, position: int, i
     names = group.get("param_names")
     name = names[position] if names else f"parameter {position} of group {number}"
     return Parameter(index, name, group["params"][position], groups[number])
+
+
+def is_vector(p: Tensor) -> bool:
+    """Whether `p` is a norm or a bias, which has no blocks. FSDP1 hands out flat parts of matrices too, and marks them."""
+    return p.dim() < 2 and not getattr(p, "_fsdp_flattened", False)
 
 
 class Removable(Protocol):

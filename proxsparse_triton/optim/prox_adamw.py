@@ -12,21 +12,23 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, LearningError, ShapeError
 from ..ops import gradient_square, gradient_square_rows, partial_sums, prox_adamw_, prox_adamw_rows
 from ..ops.dispatch import check_strength
 from ..ops.prox_adamw import STATISTICS
+from ..ops.sharded import align_gradient, all_sum, is_dtensor, local, part_of
 from ..step import StepSettings
-from .distributed import all_sum, is_dtensor, local, part_of
 from .figures import Figures, NonFinite, Record, broken
+from .groups import check_group, check_numbers, check_step
+from .initialisation import only_makes_state
 from .parameters import OPTIMIZER, Handles, Parameter, Removable, parameter_at, parameters_of
-from .state import Precision, check_parameter, fresh, local_state, random_key
+from .state import Precision, local_state, make_state, random_key
 from .state_dict import AsSaved, check_and_wrap, unwrap
 
 if TYPE_CHECKING:
     from ..ops.partial import PartialSums
 
-GROUP_NUMBERS = ("lr", "eps", "weight_decay", "lambda1", "lambda2", "frozen_eps")
+NOT_GIVEN: Any = object()  # tells step() from step(closure=None)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ProxAdamW(Optimizer):
     _record: Record | None = None
     _figures: Figures | None = None
     _watch: tuple[NonFinite, list[dict[str, Any]]] | None = None
+    _error: LearningError | None = None  # of a step that was settled before anyone asked
 
     def __init__(
         self,
@@ -108,26 +111,11 @@ class ProxAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            added = self.param_groups[-1]
+            check_group(added, [item for item in self._parameters() if item.group is added], self._settings.precision)
         except (TypeError, ConfigError, ShapeError):
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for name in GROUP_NUMBERS:
-            check_strength(OPTIMIZER, name, float(group[name]), positive=name == "frozen_eps")
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ConfigError(f"{OPTIMIZER}: expected two betas in [0, 1), got {group['betas']!r}. AdamW's are (0.9, 0.999).")
-        scale = group["column_scale"]
-        for item in self._parameters():
-            if item.group is not group or not group["prox"]:
-                continue
-            check_parameter(item.name, item.p, self._settings.precision)
-            if scale is not None and tuple(scale.shape) != (item.p.shape[-1],):
-                raise ShapeError(
-                    f"{OPTIMIZER}: expected column_scale of shape {(item.p.shape[-1],)} for {item.name}, got {tuple(scale.shape)}. "
-                    "Give each weight a group of its own."
-                )
 
     def _parameters(self) -> list[Parameter]:
         return list(parameters_of(self.param_groups))
@@ -135,14 +123,21 @@ class ProxAdamW(Optimizer):
     # --- the step -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step with the gradients in `.grad`. Raises LearningError for the step before, see `check`."""
+    def step(self, closure: Callable[[], float] | None = NOT_GIVEN) -> float | None:  # type: ignore[override]
+        """One step with the gradients in `.grad`. Raises LearningError for the step before, see `check`.
+
+        Afterwards `.grad` of a prox parameter is as it was; with `max_norm`, that of a plain one is the clipped gradient.
+        """
         loss = None
-        if closure is not None:
+        if closure is not None and closure is not NOT_GIVEN:
             with torch.enable_grad():
                 loss = closure()
         self.check()
-        self._apply([item for item in self._parameters() if item.p.grad is not None])
+        items = [item for item in self._parameters() if item.p.grad is not None]
+        if closure is None and only_makes_state(self):
+            self._prepare(items)
+            return None
+        self._apply(items)
         record, self._record = self._record, None
         if record is not None:
             self._figures, flags = record.close()
@@ -152,11 +147,14 @@ class ProxAdamW(Optimizer):
     def _apply(self, items: Sequence[Parameter]) -> None:
         if not items:
             return
-        for item in items:
-            self._prepare(item, items[0].p.device)
-        record = self._record = self._record or Record()
+        self._prepare(items)
         prox = [item for item in items if item.group["prox"]]
         plain = [item for item in items if not item.group["prox"]]
+        planned = [self._planned(item) for item in prox]
+        for group in {id(item.group): item.group for item in plain}.values():
+            check_numbers(group)
+        # Everything that can be refused has been: from here on tensors change.
+        record = self._record = self._record or Record()
         max_norm, coef = self._settings.max_norm, None
         squares = [self._squares(some) for some in (plain, prox if max_norm is not None else []) if some]
         square = torch.cat(squares).sum() if squares else None
@@ -168,7 +166,7 @@ class ProxAdamW(Optimizer):
         rows = [prox_adamw_rows(local(item.p), self._settings.precision.moments == "int8") for item in prox]
         sums = self._sums("statistics", rows, STATISTICS, items[0].p.device)
         statistics = [
-            self._step_prox(item, coef32 if item.p.dtype != torch.float64 else coef, None if sums is None else sums.part(i))
+            self._step_prox(item, planned[i], coef32 if item.p.dtype != torch.float64 else coef, None if sums is None else sums.part(i))
             for i, item in enumerate(prox)
         ]
         record.statistics += statistics if sums is None else sums.totals().unbind()
@@ -178,41 +176,13 @@ class ProxAdamW(Optimizer):
         record.prox += prox
         record.plain += plain
 
-    def _prepare(self, item: Parameter, device: torch.device) -> None:
-        """Checks and first-step state: everything that can be refused is refused before a tensor is changed."""
-        p, grad = item.p, item.p.grad
-        if p.device != device:
-            raise ConfigError(
-                f"{OPTIMIZER}: expected all parameters on {device}, got {item.name} on {p.device}. Use one optimizer a device."
-            )
-        if grad is None or grad.layout != torch.strided:
-            layout = None if grad is None else grad.layout
-            raise TypeError(f"{OPTIMIZER}: expected a dense gradient of {item.name}, got {layout}. Use embeddings with sparse=False.")
-        state = self.state[p]
-        if not item.group["prox"]:
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach())
-            return
-        if "exp_avg" not in state:
-            # Again: a parameter may have been replaced by a sharded one since it was added.
-            check_parameter(item.name, p, self._settings.precision)
-            state.update(fresh(p, self._settings.precision))
-        if item.group["lambda2"] > 0 and "pretrained" not in state:
-            if state["step"]:
-                raise ConfigError(
-                    f"{OPTIMIZER}: expected lambda2 > 0 from the first step of {item.name}, got it at step {state['step'] + 1}, "
-                    "when its pretrained value is gone. Give it with share_pretrained."
-                )
-            state["pretrained"] = self._snapshot(p)
-
-    def _snapshot(self, p: Tensor) -> Tensor:
-        """A copy of the weight, in bf16 where that loses nothing (on any rank)."""
-        low = p.detach().to(torch.bfloat16)
-        if p.dtype == torch.bfloat16:
-            return low.clone()
-        lost = (local(low).to(p.dtype) != local(p)).sum().view(1)
-        return p.detach().clone() if all_sum(lost, [p]).item() else low
+    def _prepare(self, items: Sequence[Parameter]) -> None:
+        """Checks and first-step state."""
+        for item in items:
+            align_gradient(OPTIMIZER, item.name, item.p)
+            check_step(item, items[0].p.device)
+        for item in items:
+            make_state(item, self.state[item.p], self._settings.precision)
 
     def _pretrained(self, item: Parameter) -> Tensor | None:
         return local(self.state[item.p]["pretrained"]) if item.group["prox"] and item.group["lambda2"] > 0 else None
@@ -244,32 +214,39 @@ class ProxAdamW(Optimizer):
             self._room[name] = key, partial_sums(rows, width, device)
         return self._room[name][1]
 
-    def _step_prox(self, item: Parameter, coef: Tensor | None, partial: Tensor | None) -> Tensor:
-        group, state, part = item.group, self.state[item.p], part_of(item.p)
-        precision, scale = self._settings.precision, group["column_scale"]
-        state["step"] += 1
-        settings = StepSettings(
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=state["step"],
-            lambda1=group["lambda1"],
-            lambda2=group["lambda2"],
-            frozen_eps=group["frozen_eps"],
-            clip_total=self._settings.clip == "total",
-            stochastic=precision.rounds(item.p),
-            seed=random_key(self._settings.seed, state["step"], item.index),
-            offset=part.offset,
-        )
+    def _planned(self, item: Parameter) -> StepSettings:
+        """The scalars of a parameter's next step. Raises: ConfigError."""
+        group, step, precision = item.group, self.state[item.p]["step"] + 1, self._settings.precision
+        try:
+            return StepSettings(
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=step,
+                lambda1=group["lambda1"],
+                lambda2=group["lambda2"],
+                frozen_eps=group["frozen_eps"],
+                clip_total=self._settings.clip == "total",
+                stochastic=precision.rounds(item.p),
+                seed=random_key(self._settings.seed, step, item.index),
+                offset=part_of(item.p).offset,
+            )
+        except (ConfigError, TypeError, ValueError, IndexError):
+            check_numbers(group)  # says it in the group's words
+            raise
+
+    def _step_prox(self, item: Parameter, settings: StepSettings, coef: Tensor | None, partial: Tensor | None) -> Tensor:
+        state, scale = self.state[item.p], item.group["column_scale"]
+        state["step"] = settings.step
         return prox_adamw_(
             local(item.p),
             item.gradient,
             local_state(state),
             settings,
             w0=self._pretrained(item),
-            column_scale=None if scale is None else scale[part.columns],
+            column_scale=None if scale is None else scale[part_of(item.p).columns],
             grad_coef=coef,
             partial=partial,
         )
@@ -311,17 +288,23 @@ class ProxAdamW(Optimizer):
 
     def check(self) -> None:
         """Waits for the last step. Raises LearningError, once, if it met a non-finite gradient, naming the first parameter."""
+        self._settle()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _settle(self) -> None:
+        """Waits for the last step and takes its count back if nothing was written, so that the state is true."""
         watch, self._watch = self._watch, None
         if watch is None:
             return
         flags, states = watch
         names, norm = flags.read()
-        if not names and not norm:
-            return
-        if norm and self._settings.max_norm is not None:  # nothing was written
+        if norm and self._settings.max_norm is not None:
             for state in states:
                 state["step"] -= 1
-        raise broken(names)
+        if names or norm:
+            self._error = broken(names)
 
     # --- pretrained weights, gradient release, state dict ---------------------------------------------------------------------------
 
@@ -374,6 +357,11 @@ class ProxAdamW(Optimizer):
         self._apply([parameter_at(self.param_groups, number, position, index)])
         p.grad = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last step, which it waits for."""
+        self._settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state bit for bit. Raises: ConfigError, naming the difference, for one of other settings; nothing changes then."""
         # Registered last, it sees what the caller's own hooks made of the state dict.
@@ -384,6 +372,7 @@ class ProxAdamW(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {**super().__getstate__(), "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

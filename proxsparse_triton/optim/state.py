@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
+from ..ops.sharded import all_sum, check_columns, is_dtensor, local, zeros_like
 from ..sparsity import BLOCK
 from ..step import MOMENT_GROUP, AdamState
-from .distributed import check_columns, is_dtensor, local, zeros_like
-from .parameters import OPTIMIZER
+from .parameters import OPTIMIZER, Parameter, is_vector
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 RESIDUALS = {16: None, 24: torch.int8, 32: torch.int16}
@@ -60,6 +60,11 @@ def check_parameter(name: str, p: Tensor, precision: Precision) -> None:
             f"{OPTIMIZER}: expected the last dimension divisible by {BLOCK}, got shape {tuple(p.shape)} in {name}. "
             "Put it in a group with prox=False."
         )
+    if is_vector(p):
+        raise ShapeError(
+            f"{OPTIMIZER}: expected weights [..., in_features] for the prox, got shape {tuple(p.shape)} in {name}. "
+            "Put it in a group with prox=False; prunable_parameters(model) finds the weights to prune."
+        )
     if p.dtype != torch.bfloat16 and precision.weight_bits not in (None, 32):
         raise ConfigError(
             f"{OPTIMIZER}: expected bfloat16 weights for weight_bits={precision.weight_bits}, got {p.dtype} in {name}. "
@@ -96,6 +101,41 @@ def fresh(p: Tensor, precision: Precision) -> dict[str, Any]:
     for key, (dtype, shape) in layout(p, precision).items():
         state[key] = zeros_like(p, dtype) if shape == tuple(p.shape) else _zeros(shape, dtype, p)
     return state
+
+
+def make_state(item: Parameter, state: dict[str, Any], precision: Precision) -> None:
+    """Fills a parameter's state before its first step, W0 included. Raises: ConfigError: prox or lambda2 changed since."""
+    p, prox = item.p, item.group["prox"]
+    if "step" in state and isinstance(state["step"], Tensor) == prox:
+        raise ConfigError(
+            f"{OPTIMIZER}: expected prox={not prox} of {item.name} as in its first step, got prox={prox}. "
+            "Set lambda1 and lambda2 to 0 to leave out the prox for a while."
+        )
+    if not prox:
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach())
+        return
+    if "exp_avg" not in state:
+        # Again: a parameter may have been replaced by a sharded one since it was added.
+        check_parameter(item.name, p, precision)
+        state.update(fresh(p, precision))
+    if item.group["lambda2"] > 0 and "pretrained" not in state:
+        if state["step"]:
+            raise ConfigError(
+                f"{OPTIMIZER}: expected lambda2 > 0 from the first step of {item.name}, got it at step {state['step'] + 1}, "
+                "when its pretrained value is gone. Give it with share_pretrained."
+            )
+        state["pretrained"] = _snapshot(p)
+
+
+def _snapshot(p: Tensor) -> Tensor:
+    """A copy of the weight, in bf16 where that loses nothing (on any rank)."""
+    low = p.detach().to(torch.bfloat16)
+    if p.dtype == torch.bfloat16:
+        return low.clone()
+    lost = (local(low).to(p.dtype) != local(p)).sum().view(1)
+    return p.detach().clone() if all_sum(lost, [p]).item() else low
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, p: Tensor) -> Tensor:

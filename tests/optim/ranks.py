@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import traceback
@@ -11,11 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from proxsparse_triton import ProxAdamW, attach_prox
+from proxsparse_triton import (
+    ProxAdamW,
+    accumulate_frozen_penalty,
+    apply_masks,
+    attach_prox,
+    frozen_penalty,
+    mask_24,
+    masked_weight_24,
+    pack_24,
+    prox_24,
+)
 from proxsparse_triton.errors import ConfigError, LearningError, ShapeError
 
 WORLD = 2
@@ -134,8 +152,6 @@ def columns() -> None:
 
 def state_dict() -> None:
     """Through torch's distributed checkpoint: the whole state is that of one process; and a rank's own, bit for bit."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
     single, sharded = Model(torch.bfloat16), Model(torch.bfloat16)
     fully_shard(sharded)
     options = {"weight_bits": 24, "moments": "int8"}
@@ -189,7 +205,123 @@ def refusals() -> None:
             make()
 
 
-SCENARIOS = (equal, clipped, broken_gradient, columns, state_dict, attached, refusals)
+def operations() -> None:
+    """On each rank's part, and the same as on the whole; what cannot be is refused on both ranks."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    w, w0, scale = torch.randn(5, 16), torch.randn(5, 16), torch.linspace(0.5, 2, 16)
+    grad = torch.zeros_like(w)
+    value = accumulate_frozen_penalty(w, w0, 0.3, 0.1, grad)
+    for placements in ([Shard(0)], [Shard(1)], [Replicate()]):
+        one, other = (distribute_tensor(x, mesh, placements) for x in (w, w0))
+        assert torch.equal(whole(mask_24(one.abs())), mask_24(w.abs()))
+        assert torch.equal(whole(prox_24(one, 0.3, column_scale=scale)), prox_24(w, 0.3, column_scale=scale))
+        assert torch.equal(whole(masked_weight_24(one, other, column_scale=scale)), masked_weight_24(w, w0, column_scale=scale))
+        inside = one.clone()
+        assert prox_24(inside, 0.3, out=inside) is inside
+        assert torch.equal(whole(inside), prox_24(w, 0.3))
+        sums = torch.zeros_like(one)
+        torch.testing.assert_close(accumulate_frozen_penalty(one, other, 0.3, 0.1, sums), value)
+        assert torch.equal(whole(sums), grad)
+        p = nn.Parameter(one)
+        penalty = frozen_penalty(p, other, 0.3, 0.1)
+        (2 * penalty).backward()
+        torch.testing.assert_close(penalty.detach(), value)
+        torch.testing.assert_close(whole(p.grad), 2 * grad)
+    sharded, narrow = distribute_tensor(w, mesh, [Shard(0)]), distribute_tensor(torch.randn(3, 12), mesh, [Shard(1)])
+    partial = DTensor.from_local(w, mesh, [Partial()])
+    for make, error, text in (
+        (lambda: prox_24(sharded, 0.3, out=w), ConfigError, "prox_24: expected out as a DTensor with the placements"),
+        (lambda: prox_24(w, 0.3, out=sharded), ConfigError, "prox_24: expected out not sharded"),
+        (lambda: masked_weight_24(sharded, w0), ConfigError, "masked_weight_24: expected w0 as a DTensor"),
+        (lambda: frozen_penalty(sharded, w0, 0.1, 0.1), ConfigError, "frozen_penalty: expected w0 as a DTensor"),
+        (lambda: mask_24(partial), ConfigError, "mask_24: expected scores sharded or replicated, got partial sums"),
+        (lambda: mask_24(narrow), ShapeError, "mask_24: expected columns per rank divisible by 4 in scores, got 6 of 12"),
+        (lambda: pack_24(sharded), TypeError, "pack_24: expected a plain tensor, got a DTensor"),
+    ):
+        with pytest.raises(error) as caught:
+            make()
+        assert text in str(caught.value)
+
+
+def masks() -> None:
+    """apply_masks on a sharded model, with masks that are whole or sharded themselves."""
+    single = Model(torch.float32)
+    found = {f"{name}.weight": mask_24(getattr(single, name).weight.detach().abs()) for name in ("uneven", "single")}
+    apply_masks(single, found)
+    for sharded_masks in (False, True):
+        sharded = Model(torch.float32)
+        fully_shard(sharded)
+        mine = {name: mask_24(sharded.get_parameter(name).detach().abs()) for name in found} if sharded_masks else found
+        apply_masks(sharded, mine)
+        assert all(torch.equal(whole(p), q) for p, q in zip(sharded.parameters(), single.parameters(), strict=True))
+
+
+def partial_gradients() -> None:
+    """A backward pass may leave sums of the ranks to whoever reads the gradient: they are read as what they mean."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    w, part = torch.randn(3, 16), torch.randn(3, 16)
+    for make in (lambda p: ProxAdamW([p], lr=0.1, lambda1=0.1, lambda2=0.3), attached_sgd):
+        single, sharded = nn.Parameter(w.clone()), nn.Parameter(distribute_tensor(w, mesh, [Replicate()]))
+        one, other = make(single), make(sharded)
+        for _ in range(2):
+            single.grad = WORLD * part
+            sharded.grad = DTensor.from_local(part, mesh, [Partial()])
+            one.step()
+            other.step()
+        torch.testing.assert_close(whole(sharded), single.detach())
+
+
+def attached_sgd(p: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    attach_prox(optimizer, [p], 0.1, lambda2=0.3)
+    return optimizer
+
+
+def initialised() -> None:
+    """torch makes the state of a fresh optimizer by a step with lr 0: no weight moves, and a resumed run goes on as if never stopped."""
+    for kind in ("ProxAdamW", "attach_prox"):
+        for full in (False, True):
+            options = StateDictOptions(full_state_dict=full)
+            model, fresh = Model(torch.float32), Model(torch.float32)
+            fresh.uneven.weight.data.add_(1)
+            optimizers = [sharded_optimizer(kind, m) for m in (model, fresh)]
+            run(model, optimizers[0], torch.float32, 2)
+            weights = get_model_state_dict(model, options=options)
+            state = get_optimizer_state_dict(model, optimizers[0], options=options)
+            weights, state = copy.deepcopy((weights, state))
+            set_model_state_dict(fresh, weights, options=options)
+            before = [whole(p).clone() for p in fresh.parameters()]
+            set_optimizer_state_dict(fresh, optimizers[1], state, options=options)
+            assert all(torch.equal(whole(p), q) for p, q in zip(fresh.parameters(), before, strict=True))
+            for m, optimizer in zip((model, fresh), optimizers, strict=True):
+                run(m, optimizer, torch.float32, 2)
+            assert all(torch.equal(whole(p), whole(q)) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def sharded_optimizer(kind: str, model: Model) -> torch.optim.Optimizer:
+    fully_shard(model)
+    if kind == "ProxAdamW":
+        return build(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    attach_prox(optimizer, [model.uneven.weight, model.single.weight], 5.0, lambda2=0.05)
+    return optimizer
+
+
+SCENARIOS = (
+    equal,
+    clipped,
+    broken_gradient,
+    columns,
+    state_dict,
+    attached,
+    refusals,
+    operations,
+    masks,
+    partial_gradients,
+    initialised,
+)
 
 if __name__ == "__main__":
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxsparse_triton.optim.distributed import WHOLE, all_sum, is_dtensor, local, part_of
+from proxsparse_triton.ops.sharded import WHOLE, _widths, all_sum, is_dtensor, local, part_of
 
 SCRIPT = Path(__file__).parent / "ranks.py"
+SCENARIOS = [
+    *("equal", "clipped", "broken_gradient", "columns", "state_dict", "attached", "refusals"),
+    *("operations", "masks", "partial_gradients", "initialised"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +40,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 @pytest.mark.multirank
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("scenario", ["equal", "clipped", "broken_gradient", "columns", "state_dict", "attached", "refusals"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_ranks(results: list[dict[str, str]], scenario: str) -> None:
     for result in results:
         assert not result[scenario], result[scenario]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_columns_of_every_rank() -> None:
+    """Two dimensions of a mesh cut one after the other: 20 columns on 2 x 3 ranks are 10 and 10, then 4, 4 and 2 of each."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert _widths(20, 1, (2, 3), [Shard(1), Shard(1)])[0] == {4, 2}
+    assert _widths(24, 1, (2, 3), [Shard(1), Shard(1)])[0] == {4}
+    assert _widths(20, 1, (2, 3), [Shard(0), Replicate()])[0] == {20}
+    assert _widths(4, 1, (3,), [Shard(1)])[0] == {2, 0}
+    assert _widths(16, 1, (2, 2), [_StridedShard(1, split_factor=2), Shard(1)])[0] == {4}
+    assert 4 not in _widths(8, 1, (2, 2), [_StridedShard(1, split_factor=2), Shard(1)])[0]
 
 
 def test_plain_tensors_need_no_process_group() -> None:

@@ -179,6 +179,16 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ProxAdamW([ODD[0][1]]), ShapeError, "got shape (4, 6) in parameter 0 of group 0. Put it in a group with prox=False."),
     (lambda: ProxAdamW([nn.Parameter(torch.zeros(()))]), ShapeError, "got shape () in parameter 0 of group 0"),
     (
+        lambda: ProxAdamW([*P, ("norm.weight", nn.Parameter(torch.zeros(8)))]),
+        ShapeError,
+        "expected weights [..., in_features] for the prox, got shape (8,) in norm.weight. Put it in a group with prox=False; prunable_",
+    ),
+    (
+        lambda: ProxAdamW([{"params": [("wave", nn.Parameter(torch.zeros(4, dtype=torch.complex64)))], "prox": False}]),
+        TypeError,
+        "expected real floating parameters, got torch.complex64 in wave.",
+    ),
+    (
         lambda: ProxAdamW([{"params": P, "column_scale": torch.ones(4)}]),
         ShapeError,
         "expected column_scale of shape (8,) for lm.weight, got (4,). Give each weight a group of its own.",
@@ -223,3 +233,56 @@ def test_step_refuses_before_it_changes_anything() -> None:
     ):
         optimizer.step()
     assert (first == 1).all()
+
+
+def test_settings_out_of_range_are_found_before_the_first_write() -> None:
+    """In whichever group, prox or plain, changed after the optimizer was built."""
+    changes: list[tuple[dict[str, object], type[Exception], str]] = [
+        ({"lr": -1.0}, ConfigError, "expected a finite lr >= 0, got -1.0"),
+        ({"betas": (0.9, 1.0)}, ConfigError, "expected two betas in [0, 1), got (0.9, 1.0)"),
+        ({"betas": (0.9,)}, ConfigError, "expected two betas in [0, 1), got (0.9,)"),
+        ({"eps": NAN}, ConfigError, "expected a finite eps >= 0, got nan"),
+        ({"weight_decay": None}, ConfigError, "expected a finite weight_decay >= 0, got None"),
+        ({"lambda1": -1.0}, ConfigError, "expected a finite lambda1 >= 0, got -1.0"),
+        ({"column_scale": torch.ones(4)}, ShapeError, "expected column_scale of shape (24,) for leave.weight, got (4,)"),
+        ({"column_scale": [1.0] * 24}, TypeError, "expected a floating tensor as column_scale for leave.weight, got list"),
+        ({"column_scale": torch.ones(24, device="meta")}, ConfigError, "expected column_scale of leave.weight on cpu, got meta"),
+    ]
+    for number in (1, 2):
+        for change, error, message in changes[: 5 if number == 2 else None]:
+            model = Model()
+            groups = [{"params": [pair]} for pair in model.pruned()] + [{"params": model.rest(), "prox": False}]
+            optimizer = ProxAdamW(groups, lr=0.01, lambda1=0.5, max_norm=1.0)
+            optimizer.param_groups[number].update(change)
+            backward(model, 0)
+            before = weights(model)
+            with pytest.raises(error) as caught:
+                optimizer.step()
+            assert str(caught.value).startswith(f"ProxAdamW: {message}")
+            assert same(weights(model), before)
+            assert all(float(state["step"]) == 0 for state in optimizer.state.values())
+
+
+def test_prox_cannot_change_under_way() -> None:
+    """The two kinds of groups keep other states."""
+    for number in (0, 1):
+        model = Model()
+        optimizer = build(model)
+        train(model, optimizer, range(1))
+        optimizer.param_groups[number]["prox"] = number == 1
+        backward(model, 1)
+        before = weights(model)
+        with pytest.raises(
+            ConfigError, match=rf"^ProxAdamW: expected prox={number == 0} of .* as in its first step, got prox={number == 1}"
+        ):
+            optimizer.step()
+        assert same(weights(model), before)
+
+
+def test_keys_that_no_step_looks_at_are_refused() -> None:
+    for key in ("amsgrad", "maximize", "max_norm", "lamda1"):
+        with pytest.raises(ConfigError, match=rf"^ProxAdamW: expected settings of a group \(lr, .*\), got '{key}'\. Leave it out, or give"):
+            ProxAdamW([{"params": P, key: True}])
+    optimizer = ProxAdamW([{"params": P, "name": "decoder", "initial_lr": 0.1}])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=3)
+    ProxAdamW([{key: value for key, value in group.items() if key != "params"} | {"params": P} for group in optimizer.param_groups])

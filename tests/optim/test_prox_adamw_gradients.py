@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from optim.small import INF, NAN, Model, backward, build, same, train, weights
 
+from proxsparse_triton import ProxAdamW
 from proxsparse_triton.errors import ConfigError, LearningError
 
 # --- missing gradients --------------------------------------------------------------------------------------------------------------
@@ -99,6 +101,32 @@ def test_a_clipped_step_with_a_broken_gradient_changes_nothing(value: float, opt
     backward(healthy, 3)
     other.step()
     assert same(weights(model), weights(healthy))
+
+
+@pytest.mark.parametrize("copied", [lambda o: o.state_dict()["state"], lambda o: copy.deepcopy(o).state_dict()["state"]])
+def test_a_state_dict_counts_no_step_that_was_none(copied: Callable[[ProxAdamW], dict[int, dict[str, object]]]) -> None:
+    """Saved right after it, before anyone has asked how it went; the error comes all the same."""
+    model = Model()
+    optimizer = build(model, max_norm=1.0)
+    train(model, optimizer, range(2))
+    backward(model, 2)
+    model.leave.weight.grad[0, 0] = INF
+    optimizer.step()
+    assert {float(state["step"]) for state in copied(optimizer).values()} == {2.0}
+    with pytest.raises(LearningError, match=r"leave\.weight"):
+        optimizer.check()
+    assert {float(state["step"]) for state in copied(optimizer).values()} == {2.0}
+
+
+def test_gradients_after_a_clipped_step() -> None:
+    """As the docstring of step says: those of prox parameters as they were, those of plain ones clipped."""
+    model = Model()
+    optimizer = build(model, max_norm=1e-3)
+    backward(model, 0)
+    before = [p.grad.clone() for p in (model.leave.weight, model.enter.weight)]
+    optimizer.step()
+    assert torch.equal(model.leave.weight.grad, before[0])
+    torch.testing.assert_close(model.enter.weight.grad, before[1] * (1e-3 / optimizer.figures().norm).float(), rtol=1e-3, atol=0)
 
 
 def test_an_unclipped_step_leaves_broken_blocks_alone() -> None:
