@@ -42,8 +42,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError, ShapeError
+from ..ops.sharded import local, part_like, whole
 from ..sparsity import BLOCK, check_mask, check_width
 from .folder import atomic_file
+from .parameters import find_parameters, weight_in_memory
 from .shards import MASKS_NAME, write_safetensors
 
 FORMAT = "proxsparse-masks"
@@ -143,33 +145,39 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the pruned weights of `model` to +0.0, in place; kept weights stay bit for bit. Nothing changes unless all fits.
 
-    Tied parameters are handled once, under any of their names. Applying the same masks again changes nothing.
+    Tied parameters are handled once, under any of their names. Applying the same masks again changes nothing. The names may lack what
+    DDP, FSDP, torch.compile, activation checkpointing or peft have put into the model's. Of a sharded parameter (DTensor) each rank
+    sets its part, of one that accelerate has offloaded to the CPU the values are set where it keeps them.
 
-    Raises: ModelError: names that the model does not have, or two masks that disagree on one tied parameter.
-        ShapeError: a mask of another shape, or not 2:4.
+    Args: masks: parameter name -> bool mask of the weight's shape; the same on every rank.
+    Raises: ModelError: names that the model does not have, two masks that disagree on one tied parameter, or weights that are not in
+        memory (meta, offloaded to disk). ShapeError: a mask of another shape, or not 2:4.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in masks if name not in parameters]
-    if unknown:
-        raise ModelError(
-            f"apply_masks: expected names of the model's parameters, got {len(unknown)} unknown: {', '.join(unknown[:3])}. "
-            "Use the model that the masks were made for."
-        )
-    check_masks("apply_masks", masks)
-    chosen: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    for name, mask in masks.items():
-        parameter = parameters[name]
-        if mask.shape != parameter.shape:
+    function = "apply_masks"
+    names = find_parameters(function, model, masks)
+    weights: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    for name in masks:
+        mask = whole(masks[name])
+        _patterns(function, name, mask)
+        weight = weight_in_memory(function, model, names[name])
+        if mask.shape != weight.shape:
+            within = "Call it inside FSDP.summon_full_params(model)."
             raise ShapeError(
-                f"apply_masks: expected the mask of {name} in the weight's shape {tuple(parameter.shape)}, got {tuple(mask.shape)}. "
-                "Use the model that the masks were made for."
+                f"{function}: expected the mask of {name} in the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}. "
+                + (within if "_fsdp_wrapped_module" in names[name] else "Use the model that the masks were made for.")
             )
-        if not torch.equal(chosen.setdefault(id(parameter), (parameter, mask))[1].cpu(), mask.cpu()):
-            raise ModelError(f"apply_masks: expected one mask for the tied parameter {name}, got two that disagree. Keep one of them.")
+        # Offloaded modules hold parameters of their own, so tied ones are known by their memory; empty parts have none.
+        other = first.setdefault(local(weight).data_ptr() or id(model.get_parameter(names[name])), name)
+        if other == name:
+            weights[name] = weight
+        elif not torch.equal(whole(masks[other]).cpu(), mask.cpu()):
+            raise ModelError(f"{function}: expected one mask for the tied parameter {name}, got two that disagree. Keep one of them.")
     with torch.no_grad():
-        for parameter, mask in chosen.values():
+        for name, weight in weights.items():
             # Multiplying would write -0.0 for negative weights and keep NaN alive.
-            parameter.masked_fill_(~mask.to(parameter.device), 0.0)
+            part = local(weight)
+            part.masked_fill_(~part_like(whole(masks[name]).to(part.device), weight), 0.0)
 
 
 def check_masks(function: str, masks: Mapping[str, Tensor]) -> None:
