@@ -21,6 +21,7 @@ _PUBLIC = {
     "prox_adamw_": "ops.prox_adamw",
     "ProxAdamW": "optim.prox_adamw",
     "attach_prox": "optim.attach",
+    "prunable_parameters": "models.parameters",
     "load_masks": "formats.masks",
     "apply_masks": "formats.masks",
     "load_packed": "export",
