@@ -23,6 +23,7 @@ from .models.loading import ModelSource, load_config, resolve_model
 from .models.selection import LayerPlan, plan_layers
 from .models.share import NOTHING, Share
 from .models.source import DEMO, without_weights
+from .models.states import SHARE
 from .pipeline import RunConfig, checked_seqlen
 from .training import memory
 from .training.loop import steps_of
@@ -110,7 +111,7 @@ def predict(
     steps = steps_of(samples, settings.loop_config(samples))
     seconds, phases = _seconds(step, steps, dtype, device_name), [step.items]
     if repair is not None and repair.kind != "finetune":
-        phases.append(_least_squares(model, layers, samples * seqlen, config))
+        phases.append(_least_squares(model, layers, samples, seqlen, config, limit))
     if repair is not None and (loop := repair.like(asked).loop) is not None:
         checkpointing = loop.needs_checkpointing(model, pruned, seqlen, limit, stored)
         again = loop.memory_of_step(model, pruned, seqlen, checkpointing=checkpointing, stored=stored)
@@ -120,10 +121,9 @@ def predict(
     return MemoryPlan(max(phases, key=lambda items: sum(items.values())), seconds, steps, settings, layers.share())
 
 
-def _least_squares(model: torch.nn.Module, layers: LayerPlan, tokens: int, config: Any) -> dict[str, int]:
-    """Of repair, block by block: the model twice, hidden states of all windows, and for each layer of a block its Hessian.
-
-    Args: tokens: of all calibration windows.
+def _least_squares(model: torch.nn.Module, layers: LayerPlan, samples: int, seqlen: int, config: Any, limit: int | None) -> dict[str, int]:
+    """Of repair, block by block: the model twice, for each layer of a block its Hessian, and hidden states of all windows, or of two where
+    the others go to host memory (`models/states.py`).
     """
     chosen = [choice for choice in layers.choices if choice.selected]
     hessians: Counter[int | None] = Counter()
@@ -131,13 +131,15 @@ def _least_squares(model: torch.nn.Module, layers: LayerPlan, tokens: int, confi
         hessians[choice.block] += 4 * choice.shape[1] ** 2
     itemsize = next(model.parameters()).itemsize
     width = getattr(config.get_text_config(), "hidden_size", None) or min(choice.shape[1] for choice in chosen)
-    return {
+    others = {
         "weights": sum(p.nbytes for p in model.parameters()),
         "pretrained": itemsize * sum(math.prod(choice.shape) for choice in chosen),
-        "hidden states": itemsize * tokens * width,
         "Hessians": max(hessians.values()),
         "workspace": CONJUGATE_GRADIENTS * 4 * max(math.prod(choice.shape) for choice in chosen),
     }
+    states = itemsize * samples * seqlen * width
+    fit = limit is None or states <= SHARE * (limit - sum(others.values()))
+    return {**others, "hidden states": states if fit else 2 * itemsize * seqlen * width}
 
 
 def _seconds(step: memory.StepMemory, steps: int, dtype: torch.dtype, device_name: str | None) -> float | None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
+from ..models.reading import unread
 from ..models.selection import LayerPlan
-from ..models.statistics import input_rms
+from ..models.statistics import input_norms
 from ..ops import mask_24
 from ..optim.prox_adamw import ProxAdamW
 from ..sparsity import BLOCK
@@ -27,6 +28,7 @@ from ..training.pretrained import compact, kept_dtype, mask_scores
 from ..training.watch import MaskWatch
 from .base import PruneResult, PruneTask
 from .recipes import PROX_SCALES, recipe
+from .walk import UNCALLED, UNREACHED, ZERO
 
 Moments = Literal["float32", "bfloat16", "int8"]
 ClipMode = Literal["total", "loss", "none"]
@@ -261,12 +263,14 @@ class ProxSparse:
         if (self.prox_scale or recipe(self.recipe).prox_scale) == "none":
             return {}
         linears = task.linears()
-        scales = input_rms(task.model, linears, task.windows[:STATISTIC_WINDOWS])
+        norms = input_norms(task.model, linears, task.windows[:STATISTIC_WINDOWS])
+        scales = {name: norm.mean_square().sqrt() for name, norm in norms.items()}
         dead = [name for name, scale in scales.items() if not (scale > 0).any()]
+        uncalled = {name: cast(nn.Parameter, linears[name].weight) for name in dead if not norms[name].calls}
+        unreached = unread(task.model, uncalled, task.windows[:STATISTIC_WINDOWS])
         for name in dead:
-            task.progress.note(
-                f"{name}: no input other than zero reached it in the calibration text. Its mask is learned without activations."
-            )
+            why = UNREACHED if name in unreached else UNCALLED if name in uncalled else ZERO
+            task.unseen(name, why, "Its mask is learned without activations.")
         return {
             name: scale * (rms({name: linears[name]}) / (root_mean_square(linears[name].weight.detach().float() * scale) or 1.0))
             for name, scale in scales.items()

@@ -73,8 +73,8 @@ class Hessian(Statistic):
         return self._sum * (2.0 / max(self.tokens, 1))
 
 
-def input_rms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """sqrt(mean of x_j^2) of each input feature j over all tokens: fp32 [in_features]; zeros for a layer that no token reached.
+def input_norms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Sequence[Tensor]) -> dict[str, InputNorm]:
+    """Statistics of each layer's inputs over all tokens of the windows, from passes of the whole model as it is.
 
     Every use of a weight counts: the tokens of all layers of `model` that share it.
 
@@ -88,7 +88,7 @@ def input_rms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Seque
     with evaluating(model), torch.no_grad(), observe(linears, norms, within=model):
         for window in windows:
             runs(input_ids=window[None].to(device), use_cache=False)
-    return {name: norm.mean_square().sqrt() for name, norm in norms.items()}
+    return norms
 
 
 @contextmanager

@@ -5,7 +5,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from proxsparse_triton.models.statistics import Hessian, InputNorm, input_rms, observe
+from proxsparse_triton.models.statistics import Hessian, InputNorm, input_norms, observe
+
+
+def rms_of_inputs(model: nn.Module, linears: dict[str, nn.Linear], windows: list[Tensor]) -> dict[str, Tensor]:
+    return {name: norm.mean_square().sqrt() for name, norm in input_norms(model, linears, windows).items()}
 
 
 def inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -73,7 +77,7 @@ def test_rms_of_the_inputs_of_a_model(device: str) -> None:
     windows = [torch.arange(7), torch.arange(20, 32)]
     seen: dict[str, list[Tensor]] = {name: [] for name in linears}
     hooks = [m.register_forward_pre_hook(lambda _, args, name=n: seen[name].append(args[0].flatten(0, -2))) for n, m in linears.items()]
-    found = input_rms(model, {**linears, "idle": nn.Linear(4, 4).to(device)}, windows)
+    found = rms_of_inputs(model, {**linears, "idle": nn.Linear(4, 4).to(device)}, windows)
     for hook in hooks:
         hook.remove()
     for name, parts in seen.items():
@@ -92,7 +96,7 @@ def test_rms_without_dropout(device: str, training: bool) -> None:
     shape = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, hidden_dropout=0.5)).to(device).train(training)
     linears = {"up": model.get_submodule("gpt_neox.layers.1.mlp.dense_h_to_4h")}
-    found = [input_rms(model, linears, [torch.arange(9)])["up"] for _ in range(2)]
+    found = [rms_of_inputs(model, linears, [torch.arange(9)])["up"] for _ in range(2)]
     assert torch.equal(*found)
     assert all(module.training == training for module in model.modules())
 
@@ -115,7 +119,7 @@ def test_inputs_of_the_output_head(device: str) -> None:
     tokens = torch.arange(9)
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens[None].to(device)).last_hidden_state[0]
-    found = input_rms(model, {"head": model.lm_head}, [tokens])["head"]
+    found = rms_of_inputs(model, {"head": model.lm_head}, [tokens])["head"]
     torch.testing.assert_close(found, hidden.square().mean(0).sqrt(), rtol=1e-5, atol=0)
 
 
@@ -123,7 +127,7 @@ def test_the_mode_is_restored_after_an_error() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=28, num_hidden_layers=1, num_attention_heads=4))
     model.train()
     with pytest.raises(IndexError):
-        input_rms(model, {}, [torch.tensor([99])])
+        rms_of_inputs(model, {}, [torch.tensor([99])])
     assert model.training
 
 
@@ -136,7 +140,7 @@ def test_every_use_of_a_shared_weight_counts(device: str) -> None:
     second.weight = first.weight
     seen: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) for layer in (first, second)]
-    found = input_rms(model, {"up": first}, [torch.arange(9), torch.arange(5)])["up"]
+    found = rms_of_inputs(model, {"up": first}, [torch.arange(9), torch.arange(5)])["up"]
     for hook in hooks:
         hook.remove()
     x = torch.cat(seen).double()
@@ -173,5 +177,5 @@ def test_modes_are_restored_module_by_module() -> None:
     model = LlamaForCausalLM(LlamaConfig(**shape)).train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
-    input_rms(model, {"up": model.model.layers[1].mlp.up_proj}, [torch.arange(9)])
+    rms_of_inputs(model, {"up": model.model.layers[1].mlp.up_proj}, [torch.arange(9)])
     assert [module.training for module in model.modules()] == before
