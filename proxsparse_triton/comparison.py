@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .evaluation.perplexity import finite
 from .formats.folder import check_output, output_folder
 from .formats.manifest import write_manifest
 from .formats.masks import load_masks
@@ -73,7 +74,7 @@ def compare(
             # The folder as it will be called once the comparison is complete.
             record = dataclasses.replace(record, folder=config.output / name)
             rows.append(Row(record, agreement(load_masks(out / name), magnitude)))
-        write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": inputs.dense_perplexity}})
+        write_manifest(out, {"comparison": [_entry(row) for row in rows], "perplexity": {"dense": finite(inputs.dense_perplexity)}})
     write_report([config.output], config.output / "report.html")  # a page that fails must not take the runs with it
     return Comparison(inputs, tuple(rows))
 
@@ -96,7 +97,7 @@ def _entry(row: Row) -> dict[str, object]:
     return {
         "method": record.method,
         "folder": record.folder.name,
-        "perplexity": record.perplexity,
+        "perplexity": finite(record.perplexity),
         "seconds": round(record.seconds, 3),
         "peak_memory_bytes": record.peak_memory,
         "magnitude_agreement": row.magnitude_agreement,

@@ -109,6 +109,7 @@ def _verdict(run: RunPlan) -> str:
 def _print(record: RunRecord, as_json: bool) -> None:
     import json
 
+    from ..evaluation.perplexity import finite
     from .console import figure, print_table, size
 
     if as_json:
@@ -116,7 +117,8 @@ def _print(record: RunRecord, as_json: bool) -> None:
             "method": record.method,
             "repair": record.repair,
             "output": str(record.folder),
-            "perplexity": {"dense": record.dense_perplexity, "pruned": record.perplexity},
+            "perplexity": {"dense": finite(record.dense_perplexity), "pruned": finite(record.perplexity)},
+            "evaluation": None if record.evaluation is None else record.evaluation.record(),
             "seconds": round(record.seconds, 3),
             "peak_memory_bytes": record.peak_memory,
             "layers": len(record.parameters),
@@ -131,4 +133,5 @@ def _print(record: RunRecord, as_json: bool) -> None:
         ("seconds", f"{record.seconds:.1f}"),
         ("peak memory", size(record.peak_memory)),
     ]
-    print_table(str(record.folder), ("", "value"), rows)
+    note = "" if record.evaluation is None else f"Perplexity (lower is better) on {record.evaluation.described()}."
+    print_table(str(record.folder), ("", "value"), rows, note=note)
