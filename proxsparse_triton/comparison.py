@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .evaluation.perplexity import finite
 from .formats.folder import check_output, output_folder
 from .formats.manifest import DECODER, write_manifest
 from .formats.masks import load_masks
@@ -77,7 +78,7 @@ def compare(
             out,
             {
                 "comparison": [_entry(row) for row in rows],
-                "perplexity": {"dense": inputs.dense_perplexity},
+                "perplexity": {"dense": finite(inputs.dense_perplexity)},
                 DECODER: inputs.plan.share().as_json(),
             },
         )
@@ -107,7 +108,7 @@ def _entry(row: Row) -> dict[str, object]:
     return {
         "method": record.method,
         "folder": record.folder.name,
-        "perplexity": record.perplexity,
+        "perplexity": finite(record.perplexity),
         "seconds": round(record.seconds, 3),
         "peak_memory_bytes": record.peak_memory,
         "magnitude_agreement": row.magnitude_agreement,

@@ -16,11 +16,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .calibration.sources import TextSource, open_source
-from .calibration.windows import Windows, calibration_windows, evaluation_windows
+from .calibration.chat import chat_of
+from .calibration.sources import Column, TextSource, is_local, open_source
+from .calibration.tokens import Bos
+from .calibration.windows import Windows, calibration_windows, check_ids, evaluation_windows
 from .errors import ConfigError, DataError, ShortTextError
 from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_memory
-from .evaluation.perplexity import perplexity
+from .evaluation.perplexity import embedding_rows, finite, perplexity
 from .evaluation.restore import restore_test
 from .formats.dense import check_parameters, write_pruned_model
 from .formats.folder import FILES, check_apart, check_output, check_space, output_folder
@@ -31,17 +33,16 @@ from .formats.shards import MASKS_NAME
 from .methods.base import Method, PruneResult, PruneTask, build_method
 from .methods.repair import Repair
 from .models.finite import check_finite
-from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model
+from .models.loading import ModelSource, file_hashes, load_config, load_model, load_tokenizer, max_seqlen, resolve_model, vocabulary_size
 from .models.reading import unread
 from .models.selection import UNREAD, LayerPlan, plan_layers
 from .models.share import NOTHING, Share
-from .progress import SILENT, Progress
+from .progress import SILENT, Once, Progress
 
 METRICS = "metrics.jsonl"
 LOOKED_AT = 128  # windows, before a layer that none of them reads is left dense
 DEFAULT_SEQLEN = 4096  # the paper's context, or the model's limit where that is less
 EVALUATION_WINDOWS = 128
-BUILT_IN_TEXTS = ("c4", "wikitext2", "stdlib")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class RunConfig:
     seqlen: int | None = None
     evaluation_windows: int = EVALUATION_WINDOWS
     windows: Literal["packed", "documents"] = "packed"
-    text_field: str = "text"
+    bos: Bos = "auto"  # in front of every window, of calibration and of evaluation
+    text_field: str | None = None  # of the calibration text, and of the evaluation text where that is its held-out side
+    split: str | None = None  # of a Hub dataset; None: train
+    eval_text_field: str | None = None  # of `evaluation`
+    eval_split: str | None = None
     seed: int = 42
     device: str | None = None
     dtype: str = "float32"
@@ -81,6 +86,9 @@ class RunConfig:
             raise ConfigError(f"prune: expected --restore-windows of at least 0, got {self.restore_windows}. Leave it out for no test.")
         if self.seqlen is not None and self.seqlen < 2:
             raise ConfigError(f"prune: expected --seqlen of at least 2, got {self.seqlen}. Choose another value.")
+        for option, given in (("eval-text-field", self.eval_text_field), ("eval-split", self.eval_split)):
+            if given is not None and self.evaluation is None:
+                raise ConfigError(f"prune: expected --{option} with --eval, got it alone. Add --eval, or leave it out.")
         if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
             raise ConfigError(f"prune: expected --gpu-memory above 0, got {self.gpu_memory}. Give the GPU's size in GB.")
         if self.repair is None and self.repair_steps is not None:
@@ -132,6 +140,7 @@ class RunRecord:
     parameters: tuple[str, ...]
     summary: Mapping[str, object]
     share: Share = NOTHING  # of the decoder's weights
+    evaluation: Windows | None = None  # what was measured on
 
     @property
     def repair(self) -> str | None:
@@ -160,10 +169,16 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     check_apart(config.output, source.folder)
     check_space(config.output, sum(path.stat().st_size for path in source.weight_files))
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, progress=progress)
-    seqlen = checked_seqlen(config.seqlen, load_config(source, trust_remote_code=config.trust_remote_code))
+    described = load_config(source, trust_remote_code=config.trust_remote_code)
+    seqlen = checked_seqlen(config.seqlen, described)
     needs_text = config.repair is not None or any(method.needs_calibration for method in methods)
     calibration, evaluation = read_text(config, tokenizer, seqlen, needs_text, progress)
+    read = [windows for windows in (calibration, evaluation) if windows is not None]
+    for windows in read:
+        check_ids(windows, vocabulary_size(described), tokenizer)
     model = load_model(source, dtype=config.torch_dtype, device=config.place, trust_remote_code=config.trust_remote_code)
+    for windows in read:
+        check_ids(windows, embedding_rows(model), tokenizer)
     plan = plan_layers(model, include=config.include, skip=config.skip)
     check_finite("prune", model)
     plan = _without_unread(model, plan, next((text.tokens for text in (calibration, evaluation) if text is not None), ()))
@@ -200,15 +215,20 @@ def read_text(
 ) -> tuple[Windows | None, Windows | None]:
     """Calibration and evaluation windows that share no document.
 
-    Without --eval the text is split: one document in ten is held out (c4 and wikitext2 bring their own split). A text too short for
-    that is used whole and nothing is measured on it; nor is it where a Hub text cannot be had and the method needs none.
+    Without --eval the text is split: one document in ten is held out, of a single document its last tenth (c4 and wikitext2 bring
+    their own split). A text too short for that is used whole and nothing is measured on it; nor is it where a Hub text cannot be had
+    and the method needs none.
     """
     evaluation, digests = None, frozenset[str]()
+    progress = Once(progress)  # both sides of a text are read, and have the same to say of it
+    chat = chat_of(tokenizer)
+    column = Column(config.text_field, config.split)
     if config.evaluation is not None:
-        text = open_source(config.evaluation, split="all" if is_local(config.evaluation) else "heldout", text_field=config.text_field)
+        other = Column(config.eval_text_field, config.eval_split, "--eval-text-field", "--eval-split")
+        text = open_source(config.evaluation, split="all" if is_local(config.evaluation) else "heldout", column=other, chat=chat)
         evaluation, digests = _windows_to_measure(text, config, tokenizer, seqlen, progress)
     else:
-        text = open_source(config.calibration, split="heldout", text_field=config.text_field)
+        text = open_source(config.calibration, split="heldout", column=column, chat=chat)
         try:
             evaluation, digests = _windows_to_measure(text, config, tokenizer, seqlen, progress)
         except DataError as error:
@@ -218,7 +238,7 @@ def read_text(
     if not needs_calibration:
         return None, evaluation
     whole = is_local(config.calibration) and (config.evaluation is not None or evaluation is None)
-    text = open_source(config.calibration, split="all" if whole else "calibration", text_field=config.text_field)
+    text = open_source(config.calibration, split="all" if whole else "calibration", column=column, chat=chat)
     calibration = calibration_windows(
         text,
         tokenizer,
@@ -226,6 +246,7 @@ def read_text(
         seqlen=seqlen,
         seed=config.seed,
         mode=config.windows,
+        bos=config.bos,
         exclude=digests,
         progress=progress,
     )
@@ -237,16 +258,11 @@ def _windows_to_measure(
 ) -> tuple[Windows, frozenset[str]]:
     """As many evaluation windows as asked for, or as there are. ShortTextError where there is not one."""
     try:
-        return evaluation_windows(text, tokenizer, windows=config.evaluation_windows, seqlen=seqlen, progress=progress)
+        return evaluation_windows(text, tokenizer, windows=config.evaluation_windows, seqlen=seqlen, bos=config.bos, progress=progress)
     except ShortTextError:
-        found, digests = evaluation_windows(text, tokenizer, windows=None, seqlen=seqlen, progress=progress)
+        found, digests = evaluation_windows(text, tokenizer, windows=None, seqlen=seqlen, bos=config.bos, progress=progress)
         progress.note(f"{text.name}: {len(found.tokens)} windows of {seqlen} tokens to measure on, not {config.evaluation_windows}.")
         return found, digests
-
-
-def is_local(spec: str) -> bool:
-    """True for a file or folder, False for a built-in text or a Hub dataset."""
-    return spec not in BUILT_IN_TEXTS and Path(spec).expanduser().exists()
 
 
 def describe(plan: LayerPlan, progress: Progress) -> None:
@@ -300,6 +316,7 @@ def run_method(config: RunConfig, method: Method, take_model: Callable[[], nn.Mo
             tuple(result.masks),
             {"settings": dataclasses.asdict(method), **result.summary, **restored},  # type: ignore[call-overload]
             inputs.plan.share(result.masks),
+            inputs.evaluation,
         )
         used = inputs if method.needs_calibration or config.repair is not None else dataclasses.replace(inputs, calibration=None)
         write_manifest(out, {**_manifest(config, used, result, record_), FILES: file_records(out)})
@@ -330,7 +347,7 @@ def _measure_written(
     original = {name: dense.get_parameter(name).detach() for name in pruned}
     few = tokens[: config.restore_windows]
     layers = restore_test(model, original, few, progress)
-    return measured, {"restore": layers, "restore_windows": len(few), "restore_pruned": perplexity(model, few)}
+    return measured, {"restore": layers, "restore_windows": len(few), "restore_pruned": finite(perplexity(model, few))}
 
 
 def _manifest(config: RunConfig, inputs: Inputs, result: PruneResult, record: RunRecord) -> dict[str, object]:
@@ -344,19 +361,12 @@ def _manifest(config: RunConfig, inputs: Inputs, result: PruneResult, record: Ru
         "weights_updated": result.weights is not None,
         DECODER: record.share.as_json(),
         "skipped": {choice.name: choice.reason for choice in inputs.plan.choices if not choice.selected},
-        "calibration": _text_entry(inputs.calibration),
-        "evaluation": _text_entry(inputs.evaluation),
-        "perplexity": {"dense": inputs.dense_perplexity, "pruned": record.perplexity},
+        "calibration": None if inputs.calibration is None else inputs.calibration.record(),
+        "evaluation": None if inputs.evaluation is None else inputs.evaluation.record(),
+        "perplexity": {"dense": finite(inputs.dense_perplexity), "pruned": finite(record.perplexity)},
         "seconds": round(record.seconds, 3),
         "peak_memory_bytes": record.peak_memory,
     }
-
-
-def _text_entry(windows: Windows | None) -> dict[str, object] | None:
-    if windows is None:
-        return None
-    entry = {f.name: getattr(windows, f.name) for f in dataclasses.fields(windows) if f.name != "tokens"}
-    return {**entry, "windows": len(windows.tokens)}
 
 
 @contextmanager

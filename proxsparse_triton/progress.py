@@ -33,4 +33,20 @@ class Progress:
         """One line for the user: a warning or a fact worth knowing (never a result)."""
 
 
+class Once(Progress):
+    """Passes everything on, but each note only once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._said: set[str] = set()
+
+    def task(self, description: str, total: int | None = None) -> Task:
+        return self._progress.task(description, total)
+
+    def note(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self._progress.note(message)
+
+
 SILENT = Progress()

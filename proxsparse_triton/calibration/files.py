@@ -1,65 +1,39 @@
-"""Local text files: one reader a format, and every way a file can be wrong explained in one line."""
+"""Local files of text: their kinds, reading them a block or a line at a time, and every way that can fail in one line."""
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import importlib
-import json
-import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO, cast
 
 from ..errors import BackendError, DataError
+from .documents import DOCUMENT_BYTES, LongText
+from .rows import TOO_LONG
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
-ACCEPTED_FILES = ".txt, .md, .py, .jsonl, .jsonl.gz or .parquet"
-BOM = b"\xef\xbb\xbf"
+PLAIN = (".txt", ".md", ".py")
+LINES = (".jsonl", ".json", ".csv")
+BINARY = (".parquet", ".arrow")  # pyarrow reads them
+GZIP = ".gz"
+SUFFIXES = (*PLAIN, *LINES, *BINARY)
+ACCEPTED_FILES = ".txt, .md, .py, .jsonl, .json, .csv (each also as .gz), .parquet or .arrow"
+BLOCK = 2**16  # bytes read at once
+# What unpacks to more than this, and to more than EXPANSION times its size, is no text: people's text packs 3 to 20 times.
+UNPACKED, EXPANSION = 2**26, 200
 
 
 def suffix_of(name: str) -> str | None:
-    """The ending of `name` that says how to read it, or None for a file this package does not read."""
+    """The ending of `name` that says how to read it, without .gz, or None for a file this package does not read."""
     lowered = name.lower()
-    return next((suffix for suffix in SUFFIXES if lowered.endswith(suffix)), None)
-
-
-def read_documents(path: Path, text_field: str) -> Iterator[str]:
-    """The documents of one file in its order, read lazily: one for plain text, one a line or row otherwise.
-
-    Raises: DataError: the file cannot be read, is not UTF-8, is malformed or lacks `text_field` (with line or row).
-    """
-    suffix = suffix_of(path.name)
-    if suffix is None:
-        raise DataError(f"{path}: expected a file ending in {ACCEPTED_FILES}, got {path.name!r}. Rename or convert it.")
-    if suffix == ".parquet":
-        return _parquet(path, text_field)
-    if suffix in (".jsonl", ".jsonl.gz"):
-        return _json_lines(path, text_field)
-    return _plain(path)
-
-
-def text_files(folder: Path) -> list[Path]:
-    """Readable files anywhere below `folder`, in a fixed order; hidden files and folders and __pycache__ are left out."""
-
-    def left_out(name: str) -> bool:
-        return name.startswith(".") or name == "__pycache__"
-
-    return [path for path in walk(folder, left_out) if suffix_of(path.name)]
-
-
-def walk(folder: Path, skip: Callable[[str], bool]) -> Iterator[Path]:
-    """Every regular file below `folder`, sorted by name in each folder; names that `skip` holds for are not entered or given.
-
-    Raises: DataError: a folder cannot be listed.
-    """
-
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"{error.filename}: expected a readable folder, got {error.strerror}. Check its permissions.") from error
-
-    for here, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not skip(name))
-        yield from (path for name in sorted(names) if not skip(name) and (path := Path(here, name)).is_file())
+    plain = lowered.removesuffix(GZIP)
+    kinds = SUFFIXES if plain == lowered else (*PLAIN, *LINES)
+    return next((suffix for suffix in kinds if plain.endswith(suffix)), None)
 
 
 def decode(raw: bytes) -> str:
@@ -68,26 +42,6 @@ def decode(raw: bytes) -> str:
     Raises: UnicodeDecodeError: `raw` is not UTF-8; its `start` counts from the first byte of `raw`.
     """
     return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def text_of(row: object, where: str, text_field: str) -> str:
-    """The text of one JSON object or table row. `where` opens the message of an error.
-
-    Raises: DataError: not an object, no such field, not a string, or a string that has no UTF-8 form.
-    """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object with a field {text_field!r}, got {_kind(row)}. Write one object a line.")
-    if text_field not in row:
-        fields = ", ".join(map(repr, row)) or "none"
-        raise DataError(f"{where}: expected a field {text_field!r}, got the fields {fields}. Name the one with the text as text_field.")
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: expected a string in the field {text_field!r}, got {_kind(text)}. Mend or remove it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: expected valid Unicode, got a lone surrogate at character {error.start}. Mend or remove it.") from error
-    return text
 
 
 def require(module: str, subject: str) -> ModuleType:
@@ -107,85 +61,149 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(" .") if lines else type(error).__name__
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: expected a readable file, got {error.strerror or first_line(error)}. Check the path and its permissions.")
 
 
-def _not_utf8(path: Path, offset: int, byte: int, line: int | None = None) -> DataError:
-    where = f"{path}" if line is None else f"{path}, line {line}"
+def not_utf8(where: object, offset: int, byte: int) -> DataError:
     return DataError(f"{where}: expected UTF-8 text, got the byte 0x{byte:02x} at byte offset {offset}. Convert the file to UTF-8.")
 
 
-def _plain(path: Path) -> Iterator[str]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    try:
-        text = decode(raw)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error.start, raw[error.start]) from error
-    yield text
+def check_expansion(path: Path, unpacked: int, packed: int) -> None:
+    """Raise DataError for a file that unpacks to what no text does: `unpacked` bytes so far, out of `packed`."""
+    if unpacked > UNPACKED and unpacked > EXPANSION * max(packed, 1):
+        raise DataError(
+            f"{path}: expected text, which unpacks to less than {EXPANSION} times its size, got {unpacked / 1e6:.0f} MB out of "
+            f"{packed:,} bytes. Unpack the file yourself if it is what you want."
+        )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, offset of its first byte in the uncompressed text, bytes) of a plain or gzip file."""
-    number = offset = 0
+class Bytes:
+    """The bytes of a regular file in order, unpacked where its name ends in .gz, and how many were given."""
+
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
+        self.given = 0
+        self._path = path
+        self._raw = raw
+        self._packed = path.name.lower().endswith(GZIP)
+        # GzipFile reads like any binary file; its stub says otherwise.
+        self._stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if self._packed else raw
+
+    def read(self, count: int) -> bytes:
+        return self._counted(self._stream.read(count))
+
+    def line(self, limit: int) -> bytes:
+        """The next line with its end, cut at `limit` bytes."""
+        return self._counted(self._stream.readline(limit))
+
+    def skip(self, count: int) -> None:
+        if not self._packed:
+            self._stream.seek(count, 1)
+            self.given += count
+            return
+        while count > 0 and (block := self.read(min(count, BLOCK))):
+            count -= len(block)
+
+    def _counted(self, block: bytes) -> bytes:
+        self.given += len(block)
+        if self._packed:
+            check_expansion(self._path, self.given, self._raw.tell())
+        return block
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Bytes]:
+    """The bytes of one file. DataError: no regular file, not readable, a damaged gzip file (with how far it could be read)."""
+    stream = None
     try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as stream:
-            for raw in stream:
-                number += 1
-                yield number, offset, raw
-                offset += len(raw)
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: expected a regular file, got a pipe, device or folder. Copy the text into a file.")
+        with path.open("rb") as raw:
+            stream = Bytes(path, raw)
+            yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}, after line {number}: expected a whole gzip file, got a damaged or cut one ({first_line(error)}). Fetch it again."
+            f"{path}, after byte {stream.given if stream else 0}: expected a whole gzip file, got a damaged or cut one "
+            f"({first_line(error)}). Fetch it again."
         ) from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    for number, offset, raw in _lines(path):
-        try:
-            # Decoded here because json.loads guesses UTF-16 and UTF-32 from bytes.
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, offset + error.start, raw[error.start], number) from error
-        line = (line.removeprefix("\ufeff") if number == 1 else line).strip()
-        if not line:
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where}: expected one JSON object a line, got malformed JSON ({first_line(error)}). Mend or remove it."
-            ) from error
-        yield text_of(row, where, text_field)
-
-
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
-    require("pyarrow", str(path))
-    from pyarrow import ArrowException, parquet
-
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, text with its line end) of every line. DataError: not UTF-8, or a line too long to be a document."""
     number = 0
+    with opened(path) as stream:
+        while raw := stream.line(DOCUMENT_BYTES + 1):
+            number += 1
+            if len(raw) > DOCUMENT_BYTES:
+                raise DataError(f"{path}, line {number}: {TOO_LONG}")
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                at = stream.given - len(raw) + error.start
+                raise not_utf8(f"{path}, line {number}", at, raw[error.start]) from error
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+@dataclass(frozen=True)
+class FileText:
+    """The text of a plain file from byte `start` to byte `end` (None: to its end), read a block at a time. A `LongText`."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+    def blocks(self) -> Iterator[str]:
+        """As `decode` has it. DataError: not UTF-8, and what `opened` raises."""
+        with opened(self.path) as stream:
+            stream.skip(self.start)
+            rest, held, first = b"", "", self.start == 0
+            while True:
+                room = BLOCK if self.end is None else min(BLOCK, self.end - stream.given)
+                raw = stream.read(room) if room > 0 else b""
+                rest += raw
+                try:
+                    text, used = codecs.utf_8_decode(rest, "strict", not raw)
+                except UnicodeDecodeError as error:
+                    raise not_utf8(self.path, stream.given - len(rest) + error.start, rest[error.start]) from error
+                rest = rest[used:]
+                text = held + text
+                if first and text:
+                    text, first = text.removeprefix("\ufeff"), False
+                # A carriage return at the very end may belong to a line end that goes on in the next block.
+                held = "\r" if raw and text.endswith("\r") else ""
+                text = text.removesuffix("\r") if held else text
+                if text:
+                    yield text.replace("\r\n", "\n")
+                if not raw:
+                    return
+
+    def halves(self, share: float) -> tuple[LongText, LongText]:
+        """The text up to a line break near `share` of its bytes, and the rest."""
+        with opened(self.path) as stream:
+            if self.path.name.lower().endswith(GZIP):
+                stream.skip(2**63)
+                size = stream.given
+            else:
+                size = self.path.stat().st_size
+        at = int(size * share)
+        with opened(self.path) as stream:
+            stream.skip(at)
+            near = stream.read(BLOCK)
+        line = near.find(b"\n") + 1
+        # Without a line break at the start of a character: those inside of one begin with the bits 10.
+        at += line or next((i for i, byte in enumerate(near) if byte & 0xC0 != 0x80), 0)
+        return replace(self, end=at), replace(self, start=at)
+
+
+def plain_document(path: Path) -> str | FileText:
+    """The text of a plain file: a string, or a FileText where it is longer than a document held in memory."""
+    with opened(path) as stream:
+        raw = stream.read(DOCUMENT_BYTES + 1)
+    if len(raw) > DOCUMENT_BYTES:
+        return FileText(path)
     try:
-        with parquet.ParquetFile(path) as table:
-            columns = table.schema_arrow.names
-            if text_field not in columns:  # raises, with the columns there are
-                text_of(dict.fromkeys(columns), str(path), text_field)
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(text_field).to_pylist():
-                    number += 1
-                    yield text_of({text_field: text}, f"{path}, row {number}", text_field)
-    except DataError:
-        raise
-    except (ArrowException, ValueError, OSError) as error:
-        raise DataError(
-            f"{path}: expected a whole Parquet file, got {first_line(error)} after row {number}. Write or fetch it again."
-        ) from error
+        return decode(raw)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error.start, raw[error.start]) from error

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import DataError
-from .files import ACCEPTED_FILES, first_line, require, text_of
+from .files import ACCEPTED_FILES, first_line, require
+from .rows import RowText
 
 ACCEPTED = (
     "Accepted are c4, wikitext2, stdlib, a Hub dataset id (owner/name or owner/name:config), "
@@ -27,12 +28,13 @@ class HubText:
     data_file: str | None = None  # read only this file of the repository as the split
     revision: str | None = None
     streaming: bool = True
+    split_option: str = "--split"  # what the user names the split with
 
 
-def hub_documents(text: HubText, text_field: str) -> Iterator[str]:
+def hub_documents(text: HubText, rows: RowText) -> Iterator[str]:
     """The texts of one split in the order of the Hub. Nothing is fetched before the first one is asked for.
 
-    Raises: BackendError: `datasets` is missing. DataError: no network, no such dataset, config or field.
+    Raises: BackendError: `datasets` is missing. DataError: no network, no such dataset, config, split (with those there are) or field.
     """
     library = require("datasets", text.spec)
     optional = {"data_files": {text.split: text.data_file}} if text.data_file else {}
@@ -40,15 +42,15 @@ def hub_documents(text: HubText, text_field: str) -> Iterator[str]:
         dataset = library.load_dataset(
             text.dataset, text.config, split=text.split, streaming=text.streaming, revision=text.revision, **optional
         )
-        rows = iter(dataset)
+        found = iter(dataset)
     number = 0
     while True:
         with _explained(text):
-            row = next(rows, None)
+            row = next(found, None)
         if row is None:
             return
         number += 1
-        yield text_of(row, f"{text.spec}, {text.split} row {number}", text_field)
+        yield rows.of(row, f"{text.spec}, {text.split} row {number}")
 
 
 @contextmanager
@@ -76,6 +78,12 @@ def _explained(text: HubText) -> Iterator[None]:
 
 def _explain(error: Exception, text: HubText) -> DataError:
     names = {kind.__name__ for kind in type(error).__mro__}
+    splits = _splits(text) if "split" in str(error).lower() else []
+    if splits and text.split not in splits:
+        return DataError(
+            f"{text.spec}: expected the split {text.split!r}, got a dataset with the splits {', '.join(map(repr, splits))}. "
+            f"Name one with {text.split_option}."
+        )
     if "DatasetNotFoundError" in names:
         return DataError(
             f"{text.spec}: expected a source of text, got a name that is no path here and no open dataset on the Hub "
@@ -90,6 +98,16 @@ def _explain(error: Exception, text: HubText) -> DataError:
         f"{text.spec}: expected a readable dataset on the Hub, got {type(error).__name__}: {first_line(error)}. "
         "Check the id, the config (owner/name:config) and the revision."
     )
+
+
+def _splits(text: HubText) -> list[str]:
+    """The splits that a dataset has; none where the Hub does not say."""
+    library = require("datasets", text.spec)
+    try:
+        with _quiet():
+            return sorted(library.load_dataset(text.dataset, text.config, streaming=True, revision=text.revision))
+    except Exception:  # the first error is the one that is told
+        return []
 
 
 def _is_connection(error: BaseException | None) -> bool:

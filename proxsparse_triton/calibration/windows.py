@@ -1,26 +1,31 @@
-"""Documents to token windows: tokenise, pack, draw with a seed, and record a fingerprint of what was drawn."""
+"""Token windows for calibration and for measuring: packed, drawn with a seed, and recorded with a fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShortTextError
-from ..progress import SILENT, Progress, Task
-from .sources import TextSource, document_digest
+from ..errors import ConfigError, DataError, ShortTextError
+from ..progress import SILENT, Progress
+from .pool import Pool
+from .sources import TextSource
+from .tokens import Bos, Texts, document_pieces, packed_pieces, window_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Mode = Literal["packed", "documents"]
+PAPERS = "joined by blank lines and cut into windows, as in the pruning papers"
+PAPERS_BUT_BOS = (
+    "joined by blank lines and cut into windows as in the pruning papers, but with a BOS in front of every window, as the tokenizer puts "
+    "one before a text; the papers have it before the first alone (--bos never)"
+)
 POOL_FACTOR = 5  # windows read for each one drawn: a draw over a longer stretch of text than the first few documents
-CHUNK_DOCUMENTS = 64
-CHUNK_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,20 @@ class Windows:
     seed: int  # of the draw; 0 for evaluation, where nothing is drawn
     documents: int  # how many documents have a token in these windows; for joined text, how many were joined
     fingerprint: str  # SHA-256 over the ids as little-endian int64, each window closed by -1
+    bos: tuple[
+        int, ...
+    ] = ()  # the tokens put in front of every window, which are counted in its length; none where the text is cut as it is
+    protocol: str = ""  # how the windows of a corpus with a published protocol relate to it
+
+    def described(self) -> str:
+        """What was measured or learned from, for a table: text, count, length, and what stands in front."""
+        in_front = ", each behind a BOS" if self.bos else ""
+        return f"{len(self.tokens)} windows of {self.seqlen} tokens of {self.source}{in_front}"
+
+    def record(self) -> dict[str, object]:
+        """Everything but the tokens, for a run's record."""
+        entry = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        return {**entry, "windows": len(self.tokens)}
 
 
 def calibration_windows(
@@ -45,6 +64,7 @@ def calibration_windows(
     seqlen: int,
     seed: int = 42,
     mode: Mode = "packed",
+    bos: Bos = "auto",
     exclude: Set[str] = frozenset(),
     progress: Progress = SILENT,
 ) -> Windows:
@@ -57,9 +77,10 @@ def calibration_windows(
         mode: `packed`: documents one after the other, each preceded by the BOS (else EOS) token and cut into windows of
             exactly `seqlen`; a source with a joiner is one joined text. `documents`: one document a window with the
             tokenizer's own special tokens, cut at `seqlen`, as the authors of ProxSparse do.
+        bos: what stands in front of every window, counted in `seqlen`; `auto`: what the tokenizer puts before a text (`window_prefix`).
         exclude: digests of documents to leave out: those that are evaluated on.
     Returns: Windows, `samples` tensors.
-    Raises: ConfigError: samples, seqlen, seed or mode out of range. ShortTextError: the text is too short. DataError: unreadable.
+    Raises: ConfigError: samples, seqlen, seed, mode or bos out of range. ShortTextError: the text is too short. DataError: unreadable.
     """
     _check_count("calibration_windows", "samples", samples, 1)
     _check_count("calibration_windows", "seqlen", seqlen, 2)
@@ -68,13 +89,15 @@ def calibration_windows(
         raise ConfigError(f"calibration_windows: expected seed below 2^63, got {seed}. Choose a smaller one.")
     if mode not in get_args(Mode):
         raise ConfigError(f"calibration_windows: expected mode to be packed or documents, got {mode!r}. Choose one of them.")
-    pool = _Pool(seqlen=seqlen, limit=POOL_FACTOR * samples)
-    texts = _Texts(source, exclude)
+    prefix = _checked_prefix("calibration_windows", tokenizer, bos, seqlen)
+    pool = Pool(seqlen, POOL_FACTOR * samples, prefix)
+    texts = Texts(source, exclude)
     with progress.task("tokenising", total=pool.limit) as task:
         if mode == "packed":
-            pool.fill(_packed_pieces(texts, tokenizer), task)
+            pool.fill(packed_pieces(texts, tokenizer, prefix, seqlen), task)
         else:
-            pool.fill_whole(_document_pieces(texts, tokenizer, seqlen), task)
+            pool.fill_whole(document_pieces(texts, tokenizer, prefix, seqlen, bos), task)
+    _tell(source, progress)
     if texts.excluded:
         progress.note(f"Left {texts.excluded} documents of {source.name} out of calibration: they are evaluated on.")
     if len(pool.windows) < samples:
@@ -85,7 +108,7 @@ def calibration_windows(
             f"Lower --samples{' or --seqlen' if mode == 'packed' else ''}, or give more text."
         )
     order = torch.randperm(len(pool.windows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    return pool.windows_at(order, source=source.name, mode=mode, seed=seed)
+    return _windows_at(pool, order, source, mode, seed)
 
 
 def evaluation_windows(
@@ -94,20 +117,23 @@ def evaluation_windows(
     *,
     windows: int | None,
     seqlen: int,
+    bos: Bos = "auto",
     progress: Progress = SILENT,
 ) -> tuple[Windows, frozenset[str]]:
     """The first `windows` packed windows in the order of the source (None: all), and the digests of the documents in them.
 
-    Packing is that of `calibration_windows`; a last incomplete window is dropped. Give the digests to `exclude` there.
+    Packing and `bos` are those of `calibration_windows`; a last incomplete window is dropped. Give the digests to `exclude` there.
 
-    Raises: ConfigError: windows or seqlen out of range. ShortTextError: fewer windows than asked, or not one. DataError: unreadable.
+    Raises: ConfigError: windows, seqlen or bos out of range. ShortTextError: fewer windows than asked, or not one. DataError: unreadable.
     """
     if windows is not None:
         _check_count("evaluation_windows", "windows", windows, 1)
     _check_count("evaluation_windows", "seqlen", seqlen, 2)
-    pool = _Pool(seqlen=seqlen, limit=windows)
+    prefix = _checked_prefix("evaluation_windows", tokenizer, bos, seqlen)
+    pool = Pool(seqlen, windows, prefix)
     with progress.task("tokenising", total=windows) as task:
-        pool.fill(_packed_pieces(_Texts(source), tokenizer), task)
+        pool.fill(packed_pieces(Texts(source), tokenizer, prefix, seqlen), task)
+    _tell(source, progress)
     if len(pool.windows) < (windows or 1):
         asked = "at least one window" if windows is None else f"{windows} windows"
         lower = "--seqlen" if windows is None else "--windows or --seqlen"
@@ -116,133 +142,56 @@ def evaluation_windows(
             f"{pool.total} tokens. Lower {lower}, or give more text."
         )
     every = range(len(pool.windows))
-    return pool.windows_at(every, source=source.name, mode="packed", seed=0), frozenset(pool.digests_in(every))
+    return _windows_at(pool, every, source, "packed", 0), frozenset(pool.digests_in(every))
 
 
-@dataclass
-class _Texts:
-    """The documents of a source with their digests, without the excluded ones, which it counts."""
-
-    source: TextSource
-    exclude: Set[str] = frozenset()
-    excluded: int = 0
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        """(text, digest); the digest of a blank text is empty: it is no document and never excluded."""
-        for text in self.source.documents():
-            digest = document_digest(text) if text.strip() else ""
-            if digest and digest in self.exclude:
-                self.excluded += 1
-            elif digest or self.source.joiner is not None:
-                yield text, digest
-
-    def chunks(self) -> Iterator[list[tuple[str, str]]]:
-        """Lists of documents worth one call of the tokenizer, small enough that stopping early wastes little."""
-        chunk: list[tuple[str, str]] = []
-        characters = 0
-        for text, digest in self:
-            if digest:
-                chunk.append((text, digest))
-                characters += len(text)
-            if len(chunk) == CHUNK_DOCUMENTS or characters > CHUNK_CHARACTERS:
-                yield chunk
-                chunk, characters = [], 0
-        if chunk:
-            yield chunk
-
-
-# The token ids of one stretch of text, and the digests of the documents in it.
-_Piece = tuple[Sequence[str], Sequence[int]]
-
-
-def _packed_pieces(texts: _Texts, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
-    """One piece a document, led by the separator; or a single piece where the source joins its documents."""
-    joiner = texts.source.joiner
-    if joiner is not None:
-        # At once, because tokens may cross the joints; with special tokens at the start only, as the papers do.
-        kept = list(texts)
-        if kept:
-            yield [digest for _, digest in kept if digest], _tokenise(tokenizer, joiner.join(text for text, _ in kept))
+def check_ids(windows: Windows, rows: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError where a window has a token that the model's embedding, of `rows` rows (None: not known), has no row for."""
+    if rows is None:
         return
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    lead = [] if separator is None else [separator]
-    for chunk in texts.chunks():
-        batch = _tokenise(tokenizer, [text for text, _ in chunk], add_special_tokens=False)
-        for (_, digest), ids in zip(chunk, batch, strict=True):
-            yield [digest], lead + ids
+    for index, window in enumerate(windows.tokens, start=1):
+        largest = int(window.max())
+        if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"{windows.source}: expected token ids below {rows}, the rows of the model's embedding, got {largest} ({token!r}) "
+                f"in window {index}. Use the tokenizer that the model came with, or other text."
+            )
 
 
-def _document_pieces(texts: _Texts, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Iterator[_Piece]:
-    for chunk in texts.chunks():
-        batch = _tokenise(tokenizer, [text for text, _ in chunk], truncation=True, max_length=seqlen)
-        for (_, digest), ids in zip(chunk, batch, strict=True):
-            yield [digest], ids
+def _checked_prefix(function: str, tokenizer: PreTrainedTokenizerBase, bos: Bos, seqlen: int) -> tuple[int, ...]:
+    if bos not in get_args(Bos):
+        raise ConfigError(f"{function}: expected bos to be auto, always or never, got {bos!r}. Choose one of them.")
+    prefix = window_prefix(tokenizer, bos)
+    if seqlen <= len(prefix):
+        raise ConfigError(f"{function}: expected seqlen above the {len(prefix)} tokens in front of a window, got {seqlen}. Raise --seqlen.")
+    return prefix
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> Any:
-    """Token ids only. verbose=False: text longer than the model's context is the point here, not a mistake."""
-    return tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)["input_ids"]
+def _tell(source: TextSource, progress: Progress) -> None:
+    """What was left out of a text that was read."""
+    for note in (*source.notes, f"{source.name}: {source.tally.note()}" if source.tally and source.tally.note() else ""):
+        if note:
+            progress.note(note)
 
 
-@dataclass
-class _Pool:
-    """Windows in the order of the text, and which document reaches into which of them."""
-
-    seqlen: int
-    limit: int | None  # None: all
-    windows: list[Tensor] = field(default_factory=list)
-    reach: list[tuple[str, int, int]] = field(default_factory=list)  # digest, first and last window
-    total: int = 0  # tokens seen
-
-    def fill(self, pieces: Iterator[_Piece], task: Task) -> None:
-        """Lay the pieces end to end and cut every `seqlen` tokens, until the limit or the end of the text."""
-        rest = torch.empty(0, dtype=torch.int64)
-        for digests, ids in pieces:
-            if not ids:
-                continue
-            first, self.total = self.total // self.seqlen, self.total + len(ids)
-            self.reach += [(digest, first, (self.total - 1) // self.seqlen) for digest in digests]
-            flat = torch.cat([rest, torch.tensor(ids, dtype=torch.int64)])
-            cut = len(flat) // self.seqlen * self.seqlen
-            rest = flat[cut:].clone()
-            if cut and self._add(flat[:cut].view(-1, self.seqlen).unbind(), task):
-                return
-
-    def fill_whole(self, pieces: Iterator[_Piece], task: Task) -> None:
-        """Every piece of at least two tokens is a window (a single token predicts nothing)."""
-        for digests, ids in pieces:
-            if len(ids) < 2:
-                continue
-            at = len(self.windows)
-            self.reach += [(digest, at, at) for digest in digests]
-            self.total += len(ids)
-            if self._add([torch.tensor(ids, dtype=torch.int64)], task):
-                return
-
-    def _add(self, windows: Sequence[Tensor], task: Task) -> bool:
-        """Append as many as the limit allows; True once it is reached."""
-        room = len(windows) if self.limit is None else self.limit - len(self.windows)
-        self.windows += windows[:room]
-        task.advance(min(room, len(windows)))
-        return len(self.windows) == self.limit
-
-    def digests_in(self, chosen: Sequence[int]) -> list[str]:
-        """Digests of the documents that reach into the chosen windows, one entry a document."""
-        wanted = set(chosen)
-        return [digest for digest, first, last in self.reach if any(at in wanted for at in range(first, last + 1))]
-
-    def windows_at(self, chosen: Sequence[int], *, source: str, mode: str, seed: int) -> Windows:
-        # Cloned, because the windows of the pool are views into whole documents.
-        tokens = tuple(self.windows[at].clone() for at in chosen)
-        return Windows(
-            tokens=tokens,
-            source=source,
-            seqlen=self.seqlen,
-            mode=mode,
-            seed=seed,
-            documents=len(self.digests_in(chosen)),
-            fingerprint=_fingerprint(tokens),
-        )
+def _windows_at(pool: Pool, chosen: Sequence[int], source: TextSource, mode: str, seed: int) -> Windows:
+    # Cloned, because the windows of the pool are views into whole documents.
+    tokens = tuple(pool.windows[at].clone() for at in chosen)
+    protocol = ""
+    if source.joiner is not None and mode == "packed":
+        protocol = PAPERS if not pool.prefix else PAPERS_BUT_BOS
+    return Windows(
+        tokens=tokens,
+        source=source.name,
+        seqlen=pool.seqlen,
+        mode=mode,
+        seed=seed,
+        documents=len(pool.digests_in(chosen)),
+        fingerprint=_fingerprint(tokens),
+        bos=pool.prefix,
+        protocol=protocol,
+    )
 
 
 def _fingerprint(tokens: Sequence[Tensor]) -> str:

@@ -63,6 +63,7 @@ def _description(record: RunRecord) -> str:
 def _print(result: Comparison, model: str, as_json: bool) -> None:
     import json
 
+    from ..evaluation.perplexity import finite
     from .console import figure, print_table, size
 
     inputs, share = result.inputs, result.inputs.plan.share()
@@ -70,7 +71,7 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
         rows = [
             {
                 "method": row.record.method,
-                "perplexity": row.record.perplexity,
+                "perplexity": finite(row.record.perplexity),
                 "seconds": round(row.record.seconds, 3),
                 "peak_memory_bytes": row.record.peak_memory,
                 "magnitude_agreement": row.magnitude_agreement,
@@ -79,7 +80,9 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
             }
             for row in result.rows
         ]
-        report = {"model": model, "dense_perplexity": inputs.dense_perplexity, "decoder": share.as_json(), "rows": rows}
+        on = None if inputs.evaluation is None else inputs.evaluation.record()
+        dense = finite(inputs.dense_perplexity)
+        report = {"model": model, "evaluation": on, "dense_perplexity": dense, "decoder": share.as_json(), "rows": rows}
         click.echo(json.dumps(report, indent=2))
         return
     table = [("dense", "the original model", figure(inputs.dense_perplexity), "", "", "")]
@@ -96,11 +99,9 @@ def _print(result: Comparison, model: str, as_json: bool) -> None:
             )
         )
     text = inputs.evaluation
-    measured = (
-        "" if text is None else f"Perplexity (lower is better) on {len(text.tokens)} windows of {text.seqlen} tokens of {text.source}. "
-    )
+    measured = "" if text is None else f"Perplexity (lower is better) on {text.described()}. "
     calibrated = inputs.calibration
-    learnt = "" if calibrated is None else f"Calibrated on {len(calibrated.tokens)} windows of {calibrated.source}. "
+    learnt = "" if calibrated is None else f"Calibrated on {calibrated.described()}. "
     print_table(
         f"{model}: 2 of every 4 weights removed",
         ("method", "how it chooses", "perplexity", "time", "peak memory", "same blocks as magnitude"),

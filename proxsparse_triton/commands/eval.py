@@ -6,21 +6,22 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..calibration.sources import STREAM_WINDOWS
 from ..progress import Progress
+from .options import BOS_OPTION
 
 if TYPE_CHECKING:
+    from ..calibration.tokens import Bos
     from ..calibration.windows import Windows
     from ..evaluation.harness import TaskResults, TaskScore, TaskSuite
     from ..models.loading import ModelSource
 
 DEFAULT_SEQLEN = 2048  # the papers' older protocol; 4096 on request
-# How many windows of a corpus that has no natural end; every other source is read whole.
-STREAM_WINDOWS = 256
-BUILT_IN_TEXTS = ("c4", "wikitext2", "stdlib")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class _Settings:
     no_dense: bool
     seqlen: int | None
     windows: int | None
+    bos: Bos
+    text_field: str | None
+    split: str | None
     batch_size: int
     device: str | None
     dtype: str | None
@@ -74,6 +78,9 @@ class _Notes(Progress):
 @click.option("--no-dense", is_flag=True, help="Do not measure the original.")
 @click.option("--seqlen", type=click.IntRange(min=2), help=f"Tokens of a window. Default: the model's limit, at most {DEFAULT_SEQLEN}.")
 @click.option("--windows", type=click.IntRange(min=1), help=f"Number of windows. Default: all; {STREAM_WINDOWS} of c4 and Hub datasets.")
+@BOS_OPTION
+@click.option("--text-field", metavar="NAME", help="Field of your own or a Hub dataset's rows with the text. Default: text, else messages.")
+@click.option("--split", metavar="NAME", help="Split of a Hub dataset. Default: train.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows or answers per forward pass.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: float32 on the CPU, as stored on a GPU.")
@@ -88,14 +95,18 @@ def evaluate(**options: Any) -> None:
 
     Perplexity: exp of the mean token cross-entropy inside non-overlapping windows. wikitext2 is its test set joined by empty lines, as
     in the papers (windows of 2048 or 4096 tokens, all of them); of c4, stdlib and Hub datasets the held-out side is used; your own
-    files are used whole.
+    files are used whole. Where the tokenizer puts a BOS before a text, every window gets one; the papers' wikitext2 has it before the
+    first window alone, which is --bos never. The table says which it was.
     """
     settings = _Settings(**options)
     _check_usage(settings)
 
+    from ..calibration.sources import Column
+    from ..calibration.windows import check_ids
     from ..evaluation.harness import load_tasks
+    from ..evaluation.text import windows_to_measure
     from ..formats.verify import recorded_share
-    from ..models.loading import load_tokenizer
+    from ..models.loading import load_tokenizer, vocabulary_size
     from .console import console_progress
 
     place = _place(settings.device)
@@ -108,7 +119,13 @@ def evaluate(**options: Any) -> None:
     if dense is not None:
         _check_same_tokenizer(settings, tokenizer, dense)
     with console_progress() as progress:
-        texts = [_windows(spec, tokenizer, seqlen, settings.windows, progress) for spec in settings.perplexity]
+        measured_on = partial(windows_to_measure, tokenizer=tokenizer, windows=settings.windows, seqlen=seqlen, bos=settings.bos)
+        column = Column(settings.text_field, settings.split)
+        texts = [measured_on(spec, column=column, progress=progress) for spec in settings.perplexity]
+    for model in filter(None, (source, dense)):
+        rows = vocabulary_size(_config(model, settings.trust_remote_code))
+        for text in texts:
+            check_ids(text, rows, tokenizer)
     # Before the weights: a mistyped task or a missing network costs seconds instead of minutes.
     suite = load_tasks(settings.task_names, progress=notes) if settings.task_names else None
 
@@ -133,6 +150,8 @@ def _check_usage(settings: _Settings) -> None:
     for option, value, needed in (
         ("--seqlen", settings.seqlen, settings.perplexity),
         ("--windows", settings.windows, settings.perplexity),
+        ("--text-field", settings.text_field, settings.perplexity),
+        ("--split", settings.split, settings.perplexity),
         ("--limit", settings.limit, settings.tasks),
     ):
         if value is not None and not needed:
@@ -236,22 +255,6 @@ def _check_same_tokenizer(settings: _Settings, tokenizer: Any, dense: ModelSourc
         )
 
 
-def _windows(spec: str, tokenizer: Any, seqlen: int, count: int | None, progress: Progress) -> Windows:
-    """Windows of one text: of corpora that a run may be calibrated on only the held-out side, of the user's own files all."""
-    from pathlib import Path
-
-    from ..calibration.sources import open_source
-    from ..calibration.windows import evaluation_windows
-
-    local = spec not in BUILT_IN_TEXTS and Path(spec).expanduser().exists()
-    endless = spec == "c4" or (spec not in BUILT_IN_TEXTS and not local)
-    text = open_source(spec, split="all" if local else "heldout")
-    windows, _ = evaluation_windows(
-        text, tokenizer, windows=count or (STREAM_WINDOWS if endless else None), seqlen=seqlen, progress=progress
-    )
-    return windows
-
-
 def _measure(
     settings: _Settings, source: ModelSource, tokenizer: Any, *, texts: Sequence[Windows], suite: TaskSuite | None, place: str
 ) -> _Figures:
@@ -290,6 +293,7 @@ def _report(texts: Sequence[Windows], measured: _Figures, dense: _Figures | None
     perplexities = []
     for index, text in enumerate(texts):
         entry: dict[str, Any] = {"corpus": text.source, "seqlen": text.seqlen, "windows": len(text.tokens), "fingerprint": text.fingerprint}
+        entry |= {"bos": list(text.bos), "protocol": text.protocol or None}
         entry["perplexity"] = _finite(measured.perplexities[index])
         if dense is not None:
             entry["dense"] = _finite(dense.perplexities[index])
@@ -349,6 +353,7 @@ def _print(report: Mapping[str, Any], share: str = "") -> None:
     remarks = [share] if share else []
     if report["perplexity"]:
         remarks.append("Perplexity: lower is better.")
+    remarks += [f"{entry['corpus']}: {entry['protocol']}." for entry in report["perplexity"] if entry["protocol"]]
     if tasks is not None:
         some = f"the first {tasks['limit']} documents of each" if tasks["limit"] else "all documents"
         remarks.append(f"Tasks: lm-eval, {tasks['num_fewshot']}-shot, {some}.")
@@ -361,7 +366,8 @@ def _print(report: Mapping[str, Any], share: str = "") -> None:
 
 
 def _perplexity_row(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    name = f"perplexity, {entry['corpus']}, {entry['windows']} windows of {entry['seqlen']}"
+    in_front = ", each behind a BOS" if entry["bos"] else ""
+    name = f"perplexity, {entry['corpus']}, {entry['windows']} windows of {entry['seqlen']}{in_front}"
     return name, _number(entry.get("dense"), 3), _number(entry["perplexity"], 3), _per_cent(entry.get("recovery"))
 
 

@@ -103,6 +103,14 @@ METHOD_FIELDS = (
     *("dampening", "mask_only"),
 )
 
+BOS_OPTION = click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="A BOS in front of every window, counted in --seqlen: where the tokenizer puts one before a text, always, or never.",
+)
+
 RUN_OPTIONS = (
     click.option("-o", "--output", callback=_output, metavar="RUN", help="Folder to write; must not exist, or be empty.  [required]"),
     click.option(
@@ -119,7 +127,11 @@ RUN_OPTIONS = (
         show_default=True,
         help="Documents packed to full windows, or one truncated document a window (the authors' way).",
     ),
-    click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet or Hub rows that holds the text."),
+    BOS_OPTION,
+    click.option("--text-field", metavar="NAME", help="Field of the rows of --calibration with the text. [default: text, else messages]"),
+    click.option("--split", metavar="NAME", help="Split of --calibration, a Hub dataset. [default: train]"),
+    click.option("--eval-text-field", metavar="NAME", help="As --text-field, of the rows of --eval."),
+    click.option("--eval-split", metavar="NAME", help="As --split, of --eval."),
     click.option("--seed", type=int, default=42, show_default=True),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of learning."),

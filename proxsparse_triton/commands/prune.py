@@ -113,6 +113,7 @@ def _verdict(run: RunPlan) -> str:
 def _print(record: RunRecord, as_json: bool) -> None:
     import json
 
+    from ..evaluation.perplexity import finite
     from .console import figure, print_table, size
 
     if as_json:
@@ -120,7 +121,8 @@ def _print(record: RunRecord, as_json: bool) -> None:
             "method": record.method,
             "repair": record.repair,
             "output": str(record.folder),
-            "perplexity": {"dense": record.dense_perplexity, "pruned": record.perplexity},
+            "perplexity": {"dense": finite(record.dense_perplexity), "pruned": finite(record.perplexity)},
+            "evaluation": None if record.evaluation is None else record.evaluation.record(),
             "seconds": round(record.seconds, 3),
             "peak_memory_bytes": record.peak_memory,
             "layers": len(record.parameters),
@@ -137,6 +139,7 @@ def _print(record: RunRecord, as_json: bool) -> None:
         ("seconds", f"{record.seconds:.1f}"),
         ("peak memory", size(record.peak_memory)),
     ]
-    print_table(str(record.folder), ("", "value"), rows)
+    note = "" if record.evaluation is None else f"Perplexity (lower is better) on {record.evaluation.described()}."
+    print_table(str(record.folder), ("", "value"), rows, note=note)
     if record.share.warning:
         click.echo(record.share.warning)

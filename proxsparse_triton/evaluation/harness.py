@@ -13,10 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BackendError, ConfigError, DataError, ModelError
+from ..errors import BackendError, ConfigError, DataError, ModelError, ProxSparseError
 from ..progress import SILENT, Progress
 from .memory import explain_out_of_memory, is_out_of_memory
-from .perplexity import CHECK_DTYPE
+from .perplexity import CHECK_DTYPE, embedding_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -272,7 +272,12 @@ def _simple_evaluate(model: nn.Module, tokenizer: Any, suite: TaskSuite, *, batc
     from lm_eval.models.huggingface import HFLM
 
     class CheckedLM(HFLM):  # type: ignore[misc]
-        """Refuses NaN, which lm-eval would score as if it were an answer."""
+        """Refuses NaN, which lm-eval would score as if it were an answer, and token ids that the model has not."""
+
+        def tok_encode(self, *args: Any, **kwargs: Any) -> Any:
+            ids = super().tok_encode(*args, **kwargs)
+            _check_ids(ids, rows)
+            return ids
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -284,6 +289,7 @@ def _simple_evaluate(model: nn.Module, tokenizer: Any, suite: TaskSuite, *, batc
                     )
             return answers
 
+    rows = embedding_rows(model)
     # A copy: lm-eval gives the tokenizer a padding token.
     lm = CheckedLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), SEED)
@@ -297,12 +303,22 @@ def _simple_evaluate(model: nn.Module, tokenizer: Any, suite: TaskSuite, *, batc
             **settings,
             **seeds,
         )
-    except (ModelError, MemoryError):
+    except (ProxSparseError, MemoryError):
         raise
     except Exception as error:  # a document without the field that the task asks for, an answer longer than the model's context, ...
         if is_out_of_memory(error):
             raise
         raise _explained(", ".join(suite.names), error) from error
+
+
+def _check_ids(ids: Any, rows: int | None) -> None:
+    """Raise DataError for token ids beyond the embedding, of one text or of several: lm-eval encodes all before the model runs."""
+    largest = max((i for row in ids for i in (row if isinstance(row, list) else [row])), default=0)
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"run_tasks: expected token ids below {rows}, the rows of the model's embedding, got {largest} in the text of a task. "
+            "Use the tokenizer that the model came with."
+        )
 
 
 def _scores(found: Mapping[str, Any], suite: TaskSuite) -> tuple[TaskScore, ...]:

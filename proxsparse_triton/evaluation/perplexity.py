@@ -65,17 +65,28 @@ def perplexity(model: nn.Module, tokens: Sequence[Tensor], *, batch_size: int = 
     return _exp(total / count)
 
 
+def finite(value: float | None) -> float | None:
+    """A perplexity for a record: JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _exp(mean: float) -> float:
     """exp without OverflowError: a hopeless model has perplexity inf."""
     return math.exp(mean) if mean < 709 else math.inf
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """How many token ids the model knows; None where it does not say."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
 
 
 def _check_windows(model: nn.Module, tokens: Sequence[Tensor]) -> None:
     """Raise DataError for windows that cannot be evaluated; wrong ids would be a bare IndexError, or kill the CUDA context."""
     if not tokens:
         raise DataError("perplexity: expected at least one window of tokens, got none. Give longer text or a smaller --seqlen.")
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embeddings, "num_embeddings", None)
+    rows = embedding_rows(model)
     for index, window in enumerate(tokens, start=1):
         if window.dim() != 1 or len(window) < 2 or window.is_floating_point():
             raise DataError(

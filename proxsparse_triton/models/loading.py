@@ -28,6 +28,7 @@ __all__ = [
     "load_whole",
     "max_seqlen",
     "resolve_model",
+    "vocabulary_size",
 ]
 
 CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
@@ -161,6 +162,13 @@ def max_seqlen(config: Any) -> int | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < UNLIMITED:
             return int(value)
     return None
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """How many rows the embedding of a model with this configuration has; None if none is known."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    value = getattr(text, "vocab_size", None)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def checked_device(device: torch.device | str) -> torch.device:

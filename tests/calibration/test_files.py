@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -16,20 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from proxsparse_triton.calibration.files import decode, read_documents, suffix_of, text_files, text_of
+from proxsparse_triton.calibration.files import ACCEPTED_FILES, FileText, decode, suffix_of
+from proxsparse_triton.calibration.folders import open_folder
+from proxsparse_triton.calibration.readers import read_documents
+from proxsparse_triton.calibration.rows import RowText
 from proxsparse_triton.errors import BackendError, DataError
 
 DATA = Path(__file__).parents[1] / "data"
 ROWS = [{"text": "first\r\nline", "id": 1}, {"text": "zweite Zeile ä 雪", "id": 2}, {"text": "", "id": 3}, {"text": " x ", "id": 4}]
 
 
-def read(path: Path, text_field: str = "text") -> list[str]:
-    return list(read_documents(path, text_field))
+def read(path: Path, field: str | None = None) -> list[str]:
+    return list(map(str, read_documents(path, RowText(field))))
 
 
-def message(path: Path, text_field: str = "text") -> str:
+def message(path: Path, field: str | None = None) -> str:
     with pytest.raises(DataError) as caught:
-        read(path, text_field)
+        read(path, field)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -54,6 +58,29 @@ def write_parquet(path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(ROWS), path)
 
 
+def write_array(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).encode())
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, ["id", "text"])
+        table.writeheader()
+        table.writerows(ROWS)
+
+
+def write_arrow_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_arrow_file(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
@@ -62,6 +89,12 @@ def write_parquet(path: Path) -> None:
         ("a.jsonl.gz", write_gzip),
         ("A.JSONL.GZ", write_gzip),
         ("a.parquet", write_parquet),
+        ("a.json", write_jsonl),
+        ("c4-train.00000-of-01024.json.gz", write_gzip),
+        ("array.json", write_array),
+        ("a.csv", write_csv),
+        ("stream.arrow", write_arrow_stream),
+        ("file.arrow", write_arrow_file),
     ],
 )
 def test_row_formats_give_the_same_documents(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
@@ -98,7 +131,7 @@ def test_another_text_field(tmp_path: Path) -> None:
 
 def test_rows_are_read_lazily(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\nnot json\n')
-    assert next(read_documents(tmp_path / "a.jsonl", "text")) == "good"
+    assert next(read_documents(tmp_path / "a.jsonl", RowText())) == "good"
 
 
 def test_the_shipped_text_is_readable() -> None:
@@ -117,7 +150,7 @@ def test_json_lines_round_trip(tmp_path: Path, texts: list[str]) -> None:
 @given(raw=st.binary())
 def test_any_bytes_are_text_or_explained(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     """No input, however odd, ends in a library's own error."""
-    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"):
+    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.json", "a.json.gz", "a.csv", "a.arrow", "a.txt.gz"):
         path = tmp_path_factory.getbasetemp() / name
         path.write_bytes(raw)
         with suppress(DataError):
@@ -158,30 +191,31 @@ def test_utf16_json_is_not_guessed(tmp_path: Path) -> None:
 def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
-    assert message(path) == f"{path}, line 1: expected an object with a field 'text', got {kind}. Write one object a line."
+    assert message(path) == f"{path}, line 1: expected an object with a field 'text', got {kind}. Write one object a row."
 
 
 def test_a_missing_field_lists_those_that_were_there(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"body": "y", "id": 3}\n{}\n')
-    expected = "expected a field 'text', got the fields 'body', 'id'. Name the one with the text as text_field."
+    expected = "expected a field 'text', got the fields 'body', 'id'. Name the one with the text with --text-field."
     assert message(path) == f"{path}, line 2: {expected}"
     path.write_text("{}")
     assert "got the fields none" in message(path)
 
 
-@pytest.mark.parametrize(("value", "kind"), [("null", "null"), ("3", "a int"), ('["a"]', "a list")])
+@pytest.mark.parametrize(("value", "kind"), [("3", "a int"), ('["a"]', "a list"), ("{}", "a dict")])
 def test_text_that_is_no_string(tmp_path: Path, value: str, kind: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ' + value + "}")
-    assert message(path) == f"{path}, line 1: expected a string in the field 'text', got {kind}. Mend or remove it."
+    advice = "Mend or remove it, or name another field with --text-field."
+    assert message(path) == f"{path}, line 1: expected a string or messages in the field 'text', got {kind}. {advice}"
 
 
 def test_a_lone_surrogate(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ab\\ud800"}')
     assert message(path) == f"{path}, line 1: expected valid Unicode, got a lone surrogate at character 2. Mend or remove it."
-    assert text_of({"text": "\U0001f600"}, "here", "text") == "\U0001f600"
+    assert RowText().of({"text": "\U0001f600"}, "here") == "\U0001f600"
 
 
 def test_a_cut_gzip_file(tmp_path: Path) -> None:
@@ -190,7 +224,7 @@ def test_a_cut_gzip_file(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     said = message(path)
     assert ": expected a whole gzip file, got a damaged or cut one (" in said
-    assert int(said.split("after line ")[1].split(":")[0]) > 50
+    assert int(said.split("after byte ")[1].split(":")[0]) > 100_000
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: b"not gzip at all", lambda raw: raw[:2000] + b"\x00" * 500 + raw[2500:]])
@@ -203,11 +237,11 @@ def test_a_damaged_gzip_file(tmp_path: Path, spoil: Callable[[bytes], bytes]) ->
 def test_parquet_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path)
-    expected = "expected a field 'body', got the fields 'text', 'id'. Name the one with the text as text_field."
+    expected = "expected a field 'body', got the fields 'text', 'id'. Name the one with the text with --text-field."
     assert message(path, "body") == f"{path}: {expected}"
-    assert message(path, "id") == f"{path}, row 1: expected a string in the field 'id', got a int. Mend or remove it."
-    parquet.write_table(pa.table({"text": ["a", None]}), path)
-    assert message(path) == f"{path}, row 2: expected a string in the field 'text', got null. Mend or remove it."
+    assert message(path, "id").startswith(f"{path}, row 1: expected a string or messages in the field 'id', got a int.")
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert message(path) == f"{path}: expected a field 'text', got 2 of this name. Rename one of them."
     for raw in (b"", b"PAR1 and nothing more"):
         path.write_bytes(raw)
         assert message(path).startswith(f"{path}: expected a whole Parquet file, got ")
@@ -222,7 +256,7 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
     path = tmp_path / "a.docx"
-    expected = "expected a file ending in .txt, .md, .py, .jsonl, .jsonl.gz or .parquet, got 'a.docx'. Rename or convert it."
+    expected = f"expected a file ending in {ACCEPTED_FILES}, got 'a.docx'. Rename or convert it."
     assert message(path) == f"{path}: {expected}"
 
 
@@ -250,11 +284,13 @@ def test_text_files_are_found_at_every_depth_and_hidden_ones_left_out(tmp_path: 
         path.write_text("x")
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert sorted(str(path.relative_to(tmp_path)) for path in text_files(tmp_path)) == wanted
+    folder = open_folder(tmp_path, RowText())
+    assert sorted(str(path.relative_to(tmp_path)) for path in folder.files) == wanted
+    assert folder.left_out == (("archive.gz", "another kind"), ("image.png", "another kind"), ("loop", "no regular file"))
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("a.jsonl.gz", ".jsonl.gz"), ("a.jsonl", ".jsonl"), ("a.gz", None), ("txt", None), ("", None)]
+    ("name", "suffix"), [("a.jsonl.gz", ".jsonl"), ("a.jsonl", ".jsonl"), ("a.gz", None), ("txt", None), ("", None), ("a.parquet.gz", None)]
 )
 def test_suffixes(name: str, suffix: str | None) -> None:
     assert suffix_of(name) == suffix

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from proxsparse_triton.calibration.files import ACCEPTED_FILES
 from proxsparse_triton.calibration.hub import HubText, hub_documents
+from proxsparse_triton.calibration.rows import RowText
 from proxsparse_triton.errors import BackendError, DataError
 
 datasets = pytest.importorskip("datasets")
@@ -44,7 +46,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> str:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError) as caught:
-        list(hub_documents(HubText("some/texts", "some/texts", "train"), "text"))
+        list(hub_documents(HubText("some/texts", "some/texts", "train"), RowText("text")))
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
     return str(caught.value)
@@ -53,26 +55,26 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> str:
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_in_order(hub: Hub, streaming: bool) -> None:
     text = HubText("a/b:c", "a/b", "train", config="c", revision="v1", streaming=streaming)
-    assert list(hub_documents(text, "text")) == ["one", "", "two"]
+    assert list(hub_documents(text, RowText("text"))) == ["one", "", "two"]
     assert hub.calls == [{"path": "a/b", "name": "c", "split": "train", "streaming": streaming, "revision": "v1"}]
 
 
 def test_one_file_of_a_repository(hub: Hub) -> None:
-    list(hub_documents(HubText("c4", "allenai/c4", "validation", data_file="en/x.json.gz"), "text"))
+    list(hub_documents(HubText("c4", "allenai/c4", "validation", data_file="en/x.json.gz"), RowText("text")))
     assert hub.calls[0]["data_files"] == {"validation": "en/x.json.gz"}
 
 
 def test_nothing_is_fetched_before_the_first_row_is_asked_for(hub: Hub) -> None:
-    hub_documents(HubText("a/b", "a/b", "train"), "text")
+    hub_documents(HubText("a/b", "a/b", "train"), RowText("text"))
     assert hub.calls == []
 
 
 def test_a_missing_field_names_row_and_fields(hub: Hub) -> None:
-    expected = r"a/b, train row 1: expected a field 'body', got the fields 'text', 'n'\. Name the one with the text as text_field\."
+    expected = r"a/b, train row 1: expected a field 'body', got the fields 'text', 'n'\. Name the one with the text with --text-field\."
     with pytest.raises(DataError, match=expected):
-        list(hub_documents(HubText("a/b", "a/b", "train"), "body"))
-    with pytest.raises(DataError, match="a/b, train row 1: expected a string in the field 'n', got a int"):
-        list(hub_documents(HubText("a/b", "a/b", "train"), "n"))
+        list(hub_documents(HubText("a/b", "a/b", "train"), RowText("body")))
+    with pytest.raises(DataError, match="a/b, train row 1: expected a string or messages in the field 'n', got a int"):
+        list(hub_documents(HubText("a/b", "a/b", "train"), RowText("n")))
 
 
 def test_the_real_library_offline_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +82,10 @@ def test_the_real_library_offline_says_what_works_offline(monkeypatch: pytest.Mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:
-        list(hub_documents(HubText("no/such-dataset", "no/such-dataset", "train"), "text"))
+        list(hub_documents(HubText("no/such-dataset", "no/such-dataset", "train"), RowText("text")))
     said = str(caught.value)
     assert said.startswith("no/such-dataset: expected an answer of the Hub, got none: it could not be reached (")
-    assert said.endswith("local text (a .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, a folder, or stdlib) works offline.")
+    assert said.endswith(f"local text (a {ACCEPTED_FILES} file, a folder, or stdlib) works offline.")
     assert "\n" not in said
 
 
@@ -99,7 +101,7 @@ def test_a_connection_lost_between_two_rows(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("gone")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
-    documents = hub_documents(HubText("a/b", "a/b", "train"), "text")
+    documents = hub_documents(HubText("a/b", "a/b", "train"), RowText("text"))
     assert next(documents) == "one"
     with pytest.raises(DataError, match=r"could not be reached \(gone\)"):
         next(documents)
@@ -124,7 +126,7 @@ def test_running_out_of_memory_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(MemoryError):
-        list(hub_documents(HubText("a/b", "a/b", "train"), "text"))
+        list(hub_documents(HubText("a/b", "a/b", "train"), RowText("text")))
 
 
 def test_the_hub_client_is_quiet_while_loading_and_restored_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +140,11 @@ def test_the_hub_client_is_quiet_while_loading_and_restored_after(monkeypatch: p
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError):
-        list(hub_documents(HubText("a/b", "a/b", "train"), "text"))
+        list(hub_documents(HubText("a/b", "a/b", "train"), RowText("text")))
     assert (during, logger.level) == ([logging.ERROR], logging.INFO)
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BackendError, match=r"a/b: expected the library datasets, got .*pip install 'proxsparse-triton\[data\]'"):
-        list(hub_documents(HubText("a/b", "a/b", "train"), "text"))
+        list(hub_documents(HubText("a/b", "a/b", "train"), RowText("text")))

@@ -15,14 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxsparse_triton.calibration.sources import document_digest, is_heldout, open_source
+from proxsparse_triton.calibration.documents import Tail, document_digest, is_heldout
+from proxsparse_triton.calibration.files import ACCEPTED_FILES
+from proxsparse_triton.calibration.sources import Column, open_source
 from proxsparse_triton.errors import BackendError, ConfigError, DataError
 
 DATA = Path(__file__).parents[1] / "data"
 SIDES = ("calibration", "heldout")
 
 
-def documents(spec: object, **options: Any) -> list[str]:
+def documents(spec: object, **options: Any) -> list[Any]:
     return list(open_source(str(spec), **options).documents())
 
 
@@ -99,12 +101,25 @@ def test_identical_documents_stay_on_one_side(tmp_path: Path) -> None:
 
 
 def test_a_side_without_documents_says_why(tmp_path: Path) -> None:
-    text = next(text for text in (f"document {i}" for i in range(99)) if not is_heldout(text))
-    path = tmp_path / "book.txt"
-    path.write_text(text)
-    assert documents(path, split="calibration") == [text]
+    kept = [text for text in (f"document {i}" for i in range(99)) if not is_heldout(text)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept[:2]))
+    assert documents(path, split="calibration") == kept[:2]
     said = refused(path, split="heldout")
-    assert said.startswith(f"{path}: expected documents on the heldout side, got none of 1 (each falls on one side whole, by its content;")
+    assert said.startswith(f"{path}: expected documents on the heldout side, got none of 2 (each falls on one side whole, by its content;")
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+def test_of_a_single_document_the_last_tenth_is_held_out(tmp_path: Path, name: str) -> None:
+    text = "".join(f"line {i}\n" for i in range(1000))
+    path = tmp_path / name
+    path.write_text(text if name == "book.txt" else "\n" + json.dumps({"text": text}) + "\n" + json.dumps({"text": None}))
+    (first,), (rest,) = (documents(path, split=side) for side in SIDES)
+    assert isinstance(rest, Tail)
+    assert first + rest.text == text
+    assert first.endswith("\n")
+    assert 0.89 < len(first) / len(text) < 0.92
+    assert documents(path) == [text]
 
 
 def test_an_unknown_split() -> None:
@@ -119,7 +134,7 @@ def test_a_file_keeps_its_order_and_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = [f"document {i}" for i in range(50)]
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    assert documents(path, text_field="body") == texts
+    assert documents(path, column=Column("body")) == texts
     assert open_source(str(path)).name == str(path)
     assert open_source(str(path), split="heldout").name == f"{path} (heldout)"
     assert open_source(str(path)).joiner is None
@@ -157,7 +172,7 @@ def test_missing_paths_are_refused_without_asking_the_hub(corpus: Path, hub: lis
         assert said.startswith(
             f"{spec!r}: expected a source of text, got a name that is no existing path and no built-in source or Hub id."
         )
-        assert said.endswith("a local .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, and a folder of such files.")
+        assert said.endswith(f"a local {ACCEPTED_FILES} file, and a folder of such files.")
     assert hub == []
 
 
@@ -174,8 +189,10 @@ def test_what_is_neither_file_nor_folder_nor_text(tmp_path: Path) -> None:
     assert refused("/dev/null").startswith("/dev/null: expected a regular file or a folder, got something else.")
     path = tmp_path / "a.docx"
     path.write_bytes(b"PK")
-    assert f"{path}: expected a file ending in .txt, .md, .py, .jsonl, .jsonl.gz or .parquet, got 'a.docx'" in refused(path)
-    assert refused(tmp_path).startswith(f"{tmp_path}: expected a folder with .txt, .md, .py, .jsonl, .jsonl.gz or .parquet files, got none")
+    assert f"{path}: expected a file ending in {ACCEPTED_FILES}, got 'a.docx'" in refused(path)
+    assert refused(tmp_path).startswith(
+        f"{tmp_path}: expected a folder with {ACCEPTED_FILES} files, got none below it but a.docx (another kind)."
+    )
 
 
 def test_text_that_is_empty_or_blank(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxsparse_triton.calibration.sources import TextSource, document_digest, open_source
-from proxsparse_triton.calibration.windows import Windows, calibration_windows, evaluation_windows
+from proxsparse_triton.calibration.documents import document_digest
+from proxsparse_triton.calibration.sources import TextSource, open_source
+from proxsparse_triton.calibration.windows import PAPERS, Windows, calibration_windows, evaluation_windows
 from proxsparse_triton.errors import ConfigError, DataError
 from proxsparse_triton.progress import Progress, Task
 
@@ -151,7 +152,7 @@ def test_blank_documents_are_skipped(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(("bos", "eos", "lead"), [(7, 9, [7]), (None, 9, [9]), (None, None, []), (0, 9, [0])])
 def test_the_separator_is_bos_else_eos_else_nothing(tokenizer: Any, bos: int | None, eos: int | None, lead: list[int]) -> None:
-    windows, _ = evaluation_windows(source_of(["a = 1\n"] * 20), Special(tokenizer, bos, eos), windows=2, seqlen=8)
+    windows, _ = evaluation_windows(source_of(["a = 1\n"] * 20), Special(tokenizer, bos, eos), windows=2, seqlen=8, bos="never")
     document = lead + tokenizer("a = 1\n", add_special_tokens=False)["input_ids"]
     assert flat(windows) == (document * 20)[:16]
 
@@ -159,17 +160,19 @@ def test_the_separator_is_bos_else_eos_else_nothing(tokenizer: Any, bos: int | N
 def test_no_special_tokens_inside_packed_documents(tokenizer: Any) -> None:
     special = Special(tokenizer, 7, None)
     evaluation_windows(source_of(["a = 1\n"] * 100), special, windows=None, seqlen=8)
-    assert [call["documents"] for call in special.calls] == [64, 36]
-    assert all(call["add_special_tokens"] is False and call["verbose"] is False for call in special.calls)
+    calls = [call for call in special.calls if call["documents"] > 1]  # the others ask for the special tokens of one letter
+    assert [call["documents"] for call in calls] == [64, 36]
+    assert all(call["add_special_tokens"] is False and call["verbose"] is False for call in calls)
 
 
-def test_joined_text_is_tokenised_at_once_with_the_special_tokens_in_front(tokenizer: Any) -> None:
+def test_joined_text_has_the_special_tokens_at_its_start_alone(tokenizer: Any) -> None:
     rows = ["", " = Title = \n", "", " First words .\n", "Second words .\n", ""] * 20
-    windows, used = evaluation_windows(source_of(rows, "\n\n"), Special(tokenizer, 7, None), windows=None, seqlen=16)
+    windows, used = evaluation_windows(source_of(rows, "\n\n"), Special(tokenizer, 7, None), windows=None, seqlen=16, bos="never")
     expected = [7, *tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"]]
     assert flat(windows) == expected[: len(expected) // 16 * 16]
     assert used == {document_digest(text) for text in rows if text}
     assert windows.documents == 60
+    assert windows.protocol == PAPERS
 
 
 def test_text_longer_than_the_models_context_is_no_warning(tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +271,8 @@ def test_documents_mode_is_one_truncated_document_a_window(tokenizer: Any, texts
     assert len(expected) == 29
     order = torch.randperm(29, generator=torch.Generator().manual_seed(42))[:20].tolist()
     assert [window.tolist() for window in windows.tokens] == [expected[at] for at in order]
-    assert all(call["truncation"] is True and call["max_length"] == 32 and "add_special_tokens" not in call for call in special.calls)
+    calls = [call for call in special.calls if call["documents"] > 1]
+    assert all(call["truncation"] is True and call["max_length"] == 32 and "add_special_tokens" not in call for call in calls)
     assert (windows.documents, windows.mode) == (20, "documents")
 
 
@@ -307,6 +311,7 @@ def test_exclusion_from_joined_text_keeps_the_blank_rows(tokenizer: Any) -> None
     windows = calibration_windows(source_of(rows, "\n\n"), tokenizer, samples=1, seqlen=300, exclude=exclude)
     assert tokenizer.decode(windows.tokens[0]).startswith("\n\n = Same = \n\n\n\n\n calibration words\n\n\n\n\n = Same =")
     assert windows.documents == 60
+    assert windows.protocol == PAPERS
 
 
 def test_no_note_without_anything_left_out(tokenizer: Any, texts: list[str]) -> None:
