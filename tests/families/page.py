@@ -55,9 +55,10 @@ def reason(error: Exception) -> str:
 
 
 def read() -> dict[str, Row]:
+    """The rows of all tables with a mark."""
     rows = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("|") and not line.startswith(("|---", "| family |", "| model |")):
+    for table in re.findall(r"(?<=-->\n)(?:\|.*\n)+", PAGE.read_text(encoding="utf-8")):
+        for line in table.splitlines()[2:]:  # below titles and rule
             name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             rows[name] = tuple(cells)
     return rows
