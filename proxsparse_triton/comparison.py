@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .evaluation.perplexity import finite
-from .formats.folder import check_output, output_folder
+from .formats.folder import FILES, MANIFEST_NAME, check_output, output_folder
 from .formats.manifest import DECODER, write_manifest
 from .formats.masks import load_masks
+from .formats.records import record_of
 from .methods.base import build_method
 from .methods.magnitude import magnitude_mask
 from .models.loading import load_model
@@ -78,6 +79,7 @@ def compare(
             out,
             {
                 "comparison": [_entry(row) for row in rows],
+                FILES: {f"{name}/{MANIFEST_NAME}": record_of(out / name / MANIFEST_NAME) for name in built},
                 "perplexity": {"dense": finite(inputs.dense_perplexity)},
                 DECODER: inputs.plan.share().as_json(),
             },

@@ -270,7 +270,7 @@ def _claim(partial: Path, source: Path | None) -> Lock:
 
 def _recover(target: Path, partial: Path) -> None:
     """Complete what a kill left of a replacement in two steps; RUN.replaced-PID goes, the run that is whole gets its name."""
-    if not target.parent.is_dir():
+    if not os.access(target.parent, os.R_OK | os.X_OK):
         return
     pattern = re.compile(rf"{re.escape(target.name)}\.replaced-\d+")
     for aside in sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name)):
@@ -359,7 +359,7 @@ def _note_what_is_kept(error: BaseException, path: Path, target: Path, partial: 
     elif finished and lock.holds(partial):
         error.add_note(f"The finished run is whole in {partial}: give it another name, the next run of the name {path} replaces it.")
     elif lock.holds(partial):
-        kept = ", ".join(sorted(entry.name for entry in partial.iterdir()))
+        kept = ", ".join(sorted(os.listdir(partial)))
         error.add_note(f"Kept in {path}.partial until the next run of that name: {kept}.")
 
 

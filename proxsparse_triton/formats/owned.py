@@ -6,6 +6,7 @@ Everything else is a stranger: other files, links, empty folders, runs that a co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -82,7 +83,7 @@ def strangers(folder: Path, *, unfinished: bool = False) -> list[str]:
     if unfinished:
         names |= _UNFINISHED | set(marker or ())
     parents = {str(parent) for name in names for parent in PurePosixPath(name).parents} | {PICTURES}
-    runs = _compared(manifest)
+    runs = {run for run in _compared(manifest) if _is_as_recorded(folder, f"{run}/{MANIFEST_NAME}", manifest)}
 
     def ours(name: str, path: Path) -> bool:
         if name in names or _HALF_WRITTEN.fullmatch(name) or (marker is not None and _WEIGHTS.fullmatch(name)):
@@ -95,10 +96,10 @@ def strangers(folder: Path, *, unfinished: bool = False) -> list[str]:
             if not entry.is_dir(follow_symlinks=False):
                 if not entry.is_file(follow_symlinks=False) or not ours(name, path):
                     yield name
+            elif name in runs or (unfinished and name not in parents):
+                yield from (f"{name}/{inner}" for inner in strangers(path, unfinished=unfinished))
             elif name in parents:
                 yield from foreign(path, f"{name}/")
-            elif name in runs or unfinished:
-                yield from (f"{name}/{inner}" for inner in strangers(path, unfinished=unfinished))
             else:
                 yield from [f"{name}/{inner}" for inner in _all(path)] or [f"{name}/"]
 
@@ -127,6 +128,16 @@ def _compared(manifest: Mapping[str, Any]) -> set[str]:
     entries = manifest.get(COMPARISON)
     folders = [entry.get("folder") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     return {name for name in folders if isinstance(name, str) and name not in ("", ".", "..") and PurePosixPath(name).name == name}
+
+
+def _is_as_recorded(folder: Path, name: str, manifest: Mapping[str, Any]) -> bool:
+    """False where a small file has another hash than the record says: a run that took the place of one that was compared."""
+    files = manifest.get(FILES)
+    record = files.get(name) if isinstance(files, dict) else None
+    path = folder / name
+    if not isinstance(record, dict) or not path.is_file():
+        return True
+    return hashlib.sha256(path.read_bytes()).hexdigest() == record.get("sha256")
 
 
 def _marker(folder: Path) -> list[str] | None:

@@ -15,11 +15,11 @@ Records = dict[str, dict[str, object]]
 def file_records(folder: Path) -> Records:
     """Size and SHA-256 of every file below `folder` but the manifest itself, by its path in it."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in names
-        if name not in (MANIFEST_NAME, MARKER)
-    }
+    return {name: record_of(folder / name) for name in names if name not in (MANIFEST_NAME, MARKER)}
+
+
+def record_of(path: Path) -> dict[str, object]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def is_record(name: str, record: Any) -> bool:

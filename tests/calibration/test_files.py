@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from proxsparse_triton.calibration.files import ACCEPTED_FILES, FileText, decode, suffix_of
+from proxsparse_triton.calibration.files import ACCEPTED_FILES, decode, suffix_of
 from proxsparse_triton.calibration.folders import open_folder
 from proxsparse_triton.calibration.readers import read_documents
 from proxsparse_triton.calibration.rows import RowText

@@ -11,7 +11,8 @@ import pytest
 
 from proxsparse_triton.errors import OutputError
 from proxsparse_triton.formats.folder import check_output, output_folder
-from proxsparse_triton.formats.owned import MARKER, delete, is_run, is_whole, mark, strangers
+from proxsparse_triton.formats.owned import MARKER, delete, is_run, is_whole, manifest_of, mark, strangers
+from proxsparse_triton.formats.records import record_of
 from proxsparse_triton.marks import PAGE_MARK, PICTURE_MARK
 
 
@@ -112,6 +113,17 @@ def test_a_comparison_is_replaced_with_the_runs_that_it_lists_alone(tmp_path: Pa
     with pytest.raises(OutputError, match=r"got wanda/mine\.txt, which"):
         check_output(table, overwrite=True)
     assert (table / "wanda" / "mine.txt").exists()
+
+
+def test_a_run_that_took_the_place_of_a_compared_one_is_kept(tmp_path: Path) -> None:
+    table = comparison(tmp_path / "table", "wanda", "magnitude")
+    record = {name: record_of(table / name) for name in ("wanda/manifest.json", "magnitude/manifest.json")}
+    write(table / "manifest.json", json.dumps({**manifest_of(table), "files": record}))
+    check_output(table, overwrite=True)
+    assert is_whole(table)
+    run_folder(table / "wanda", samples=400)
+    with pytest.raises(OutputError, match=r"got wanda/model\.safetensors and 1 more"):
+        check_output(table, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "model.safetensors", "config.json", "manifest.json", "sub/thesis.txt", "metrics.jsonl.gz"])
