@@ -129,6 +129,7 @@ def evaluate(**options: Any) -> None:
     # Before the weights: a mistyped task or a missing network costs seconds instead of minutes.
     suite = load_tasks(settings.task_names, progress=notes) if settings.task_names else None
 
+    _note_damage(source, notes)
     measured = _measure(settings, source, tokenizer, texts=texts, suite=suite, place=place)
     original = None if dense is None else _measure(settings, dense, tokenizer, texts=texts, suite=suite, place=place)
     report = {**_report(texts, measured, original), "decoder": None if share is None else share.as_json()}
@@ -183,6 +184,17 @@ def _source(path: str) -> ModelSource:
     return ModelSource(path, packed.folder, None, packed.weight_files)
 
 
+def _note_damage(source: ModelSource, notes: Progress) -> None:
+    """Say what of a run is not as it was written, as the figures are those of what lies there now; a packed folder's loading refuses."""
+    from ..formats.packed import is_packed_folder
+    from ..formats.pruned import own_record
+    from ..formats.records import changed_files
+
+    if not is_packed_folder(source.folder):
+        for problem in changed_files(source.folder, own_record(source.folder)):
+            notes.note(f"{source.spec} is not as it was written: {problem}.")
+
+
 def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> ModelSource | None:
     """The model to compare with: --dense, or the original that a run of ours names, if it is still there."""
     from ..errors import ProxSparseError
@@ -234,11 +246,12 @@ def _seqlen(settings: _Settings, sources: Sequence[ModelSource]) -> int:
 
 def _config(source: ModelSource, trust_remote_code: bool) -> Any:
     """The model's configuration object, None if it does not load: load_model then says why."""
-    from transformers import AutoConfig
+    from ..errors import ProxSparseError
+    from ..models.loading import load_config
 
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception:  # custom code, an unknown model type, a broken file
+        return load_config(source, trust_remote_code=trust_remote_code)
+    except ProxSparseError:  # custom code, an unknown model type, a broken file
         return None
 
 
