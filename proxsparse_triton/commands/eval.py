@@ -105,6 +105,7 @@ def evaluate(**options: Any) -> None:
     from ..calibration.windows import check_ids
     from ..evaluation.harness import load_tasks
     from ..evaluation.text import windows_to_measure
+    from ..formats.pruned import damage
     from ..formats.verify import recorded_share
     from ..models.loading import load_tokenizer, vocabulary_size
     from .console import console_progress
@@ -129,7 +130,8 @@ def evaluate(**options: Any) -> None:
     # Before the weights: a mistyped task or a missing network costs seconds instead of minutes.
     suite = load_tasks(settings.task_names, progress=notes) if settings.task_names else None
 
-    _note_damage(source, notes)
+    for problem in damage(source.folder):
+        notes.note(f"{source.spec} is not as it was written, and the figures are those of what lies there now. {problem}.")
     measured = _measure(settings, source, tokenizer, texts=texts, suite=suite, place=place)
     original = None if dense is None else _measure(settings, dense, tokenizer, texts=texts, suite=suite, place=place)
     report = {**_report(texts, measured, original), "decoder": None if share is None else share.as_json()}
@@ -182,17 +184,6 @@ def _source(path: str) -> ModelSource:
         return resolve_model(path)
     packed = read_packed(path, verify_hashes=False)  # its loading compares the hashes
     return ModelSource(path, packed.folder, None, packed.weight_files)
-
-
-def _note_damage(source: ModelSource, notes: Progress) -> None:
-    """Say what of a run is not as it was written, as the figures are those of what lies there now; a packed folder's loading refuses."""
-    from ..formats.packed import is_packed_folder
-    from ..formats.pruned import own_record
-    from ..formats.records import changed_files
-
-    if not is_packed_folder(source.folder):
-        for problem in changed_files(source.folder, own_record(source.folder)):
-            notes.note(f"{source.spec} is not as it was written: {problem}.")
 
 
 def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> ModelSource | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..files import read_json
-from ..models.checkpoint import FLOAT_DTYPES, read_json_object
+from ..models.checkpoint import FLOAT_DTYPES, is_packed, read_json_object
 from ..ops.mask import mask_24
 from ..sparsity import BLOCK, KEPT, check_width
 from .folder import MANIFEST_NAME, TOOL
@@ -107,6 +107,14 @@ def own_record(folder: Path) -> Mapping[str, Any]:
 def own_masks(folder: Path) -> Mapping[str, Tensor]:
     """The masks that lie in a folder, by parameter name; none where there is no file of them. ModelError: it is damaged."""
     return StoredMasks(folder) if os.path.lexists(folder / MASKS_NAME) else {}
+
+
+def damage(folder: Path) -> list[str]:
+    """What of a folder that pst wrote is not as it was written, a line each; of a packed one nothing, whose reading refuses it.
+
+    Raises: ModelError, OSError: it cannot be read.
+    """
+    return [] if is_packed(read_json_object(folder / "config.json")) else changed_files(folder, own_record(folder))
 
 
 def check_unchanged(function: str, folder: Path, manifest: Mapping[str, Any]) -> None:
