@@ -61,7 +61,7 @@ def load_model(
     place = checked_device(device)
     dtype = checked_dtype(source, dtype)
     config = load_config(source, trust_remote_code=trust_remote_code)
-    skeleton(source, config, trust_remote_code=trust_remote_code)  # which looks at the sizes
+    skeleton(source, config, dtype=dtype, trust_remote_code=trust_remote_code)  # which looks at the sizes
 
     def load() -> tuple[PreTrainedModel, Mapping[str, Any]]:
         loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
