@@ -189,7 +189,7 @@ def _source(path: str) -> ModelSource:
 def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> ModelSource | None:
     """The model to compare with: --dense, or the original that a run of ours names, if it is still there."""
     from ..errors import ProxSparseError
-    from ..formats.manifest import read_manifest
+    from ..formats.manifest import original_of, read_manifest
     from ..models.loading import resolve_model
 
     if settings.dense is not None:
@@ -197,21 +197,11 @@ def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> 
     if settings.no_dense or not (source.folder / "manifest.json").is_file():
         return None
     try:
-        spec, revision = _original(read_manifest(source.folder))
+        spec, revision = original_of(read_manifest(source.folder))
         return None if spec is None else resolve_model(spec, revision=revision)
     except ProxSparseError as error:
         notes.note(f"The dense original is not measured: {error} Name it with --dense, or silence this with --no-dense.")
         return None
-
-
-def _original(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(spec, revision) of the model that a run started from: `model` in its manifest, a string or an object with `spec`."""
-    model = manifest.get("model")
-    if isinstance(model, Mapping):
-        spec, revision = model.get("spec"), model.get("revision")
-    else:
-        spec, revision = model, manifest.get("revision")
-    return (spec if isinstance(spec, str) else None), (revision if isinstance(revision, str) else None)
 
 
 def _seqlen(settings: _Settings, sources: Sequence[ModelSource]) -> int:

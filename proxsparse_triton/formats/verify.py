@@ -78,7 +78,9 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
     """
     manifest = own_record(path)
     files, masks, listed = _opened(path, manifest)
-    before = _Original(original, files) if original is not None else None
+    # Only our own manifests tell whether the method updates weights.
+    hint = "" if manifest else " (as they do where the method updates them, of which this folder has no record: leave out --original)"
+    before = _Original(original, files, hint) if original is not None else None
     keys = resolve_names("verify", listed, files.shapes)
     stored = {keys[name]: name for name in masks}
     names = list(keys.values()) or [name for name, shape in files.shapes.items() if _is_candidate(name, shape)]
@@ -145,7 +147,8 @@ def _opened(path: Path, manifest: Mapping[str, Any]) -> tuple[_Tensors, Mapping[
 class _Original:
     """The original's tensors under the keys of the folder that is checked."""
 
-    def __init__(self, folder: Path, pruned: _Tensors) -> None:
+    def __init__(self, folder: Path, pruned: _Tensors, hint: str) -> None:
+        self.hint = hint
         self._files = WeightFiles(model_files(folder))
         absent = [key for key in pruned.shapes if key not in self._files.shapes]
         present = set(self._files.shapes) - set(pruned.shapes)
@@ -198,7 +201,7 @@ def _check_layer(name: str, w: Tensor, *, required: bool, mask: Tensor | None, b
         else:
             changed = int(((mask if mask is not None else w != 0) & (pattern != stored)).sum())
             if changed and not updated:
-                problems.append(f"{changed} kept weights differ from the original")
+                problems.append(f"{changed} kept weights differ from the original{before.hint}")
     return LayerReport(
         name=name,
         shape=tuple(w.shape),
