@@ -88,7 +88,7 @@ Chart = Curves | Bars | HeatMap
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` multiples of 1, 2 or 5 times a power of ten that cover [low, high]; the first and last may lie outside."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):  # one value, but for rounding
+    if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-200):  # one value, but for rounding
         room = abs(low) * 0.1 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / max(1, count - 1)
