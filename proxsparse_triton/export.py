@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,20 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError, ModelError
-from .formats.dense import write_pruned_model
+from .formats.dense import check_small_files, write_pruned_model
 from .formats.folder import FILES, check_apart, check_output, check_space, output_folder
 from .formats.manifest import DECODER, PARAMETERS, WEIGHTS_UPDATED, write_manifest
 from .formats.masks import save_masks
-from .formats.packed import WEIGHT, PackedModel, read_packed, write_packed_model
-from .formats.pruned import PrunedFolder
+from .formats.packed import WEIGHT, read_packed, write_packed_model
+from .formats.pruned import PrunedFolder, check_unchanged
 from .formats.records import file_records
 from .formats.shards import resolve_names
-from .models.checkpoint import listed, one_line
+from .models.checkpoint import listed
+from .models.declared import skeleton
 from .models.loading import ModelSource, checked_device, checked_dtype, file_hashes, load_config, load_whole, resolve_model
-from .models.selection import plan_layers
+from .models.selection import computes_linear, plan_layers
 from .progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -61,8 +63,9 @@ def export_run(
             those that `pst prune` would choose, and positions are those of the non-zeros.
         format: dense (the model alone, zeros included), masks (masks.safetensors), packed (kept weights and their positions).
         include, skip: regular expressions on layer names, as in `pst prune`; only where the folder has no record.
-    Raises: ConfigError: unknown format, or layers chosen for a folder that records them. ModelError: `run` cannot be used, or a layer is
-        not 2:4; it and its block are named. OutputError: `output` cannot be written, or would replace `run`.
+    Raises: ConfigError: unknown format, or layers chosen for a folder that records them. ModelError: `run` cannot be used or is not as it
+        was written, or a layer is not 2:4 (it and its block are named) or cannot run packed. OutputError: `output` cannot be written, or
+        would replace `run`.
     """
     if format not in FORMATS:
         raise ConfigError(f"export: expected --format {', '.join(FORMATS)}, got {format!r}. Choose one of these.")
@@ -73,18 +76,38 @@ def export_run(
     check_apart(output, source.folder, inside=True)
 
     def choose() -> list[str]:
-        model = _skeleton(source, None, trust_remote_code)
+        model = skeleton(source, load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
         return [f"{name}{WEIGHT}" for name in plan_layers(model, include=include, skip=skip).selected()]
 
     pruned = PrunedFolder(source.folder, source.weight_files, choose)
+    check_unchanged("export", source.folder, pruned.manifest)
+    bare = _packable(source, pruned, trust_remote_code) if format == "packed" else None
+    if format != "masks":
+        check_small_files(source.folder)
     if pruned.recorded and (include or skip):
         raise ConfigError(f"export: expected no --include or --skip, as {run} records its pruned layers, got one. Leave it out.")
     size = sum(path.stat().st_size for path in source.weight_files)
     check_space(output, _needed(format, size, pruned))
     with output_folder(output, overwrite=overwrite, source=source.folder) as out:
         _write(format, pruned, out, _record(run, format, source, pruned), progress)
+        if bare is not None:
+            _check_loads(out, source, bare)
         written = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     return ExportRecord(format, output, tuple(pruned), written, size)
+
+
+def _packable(source: ModelSource, pruned: PrunedFolder, trust_remote_code: bool) -> PreTrainedModel:
+    """The skeleton of the model, once every pruned layer is known to be one that can run packed. ModelError: one is not."""
+    model = skeleton(source, load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+    weights = {f"{name}{WEIGHT}": module for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, "weight")}
+    advice = "Export the model with --format dense."
+    for key, name in resolve_names("export", pruned.where.values(), weights, advice).items():
+        if not computes_linear(weights[name]):
+            raise ModelError(
+                f"export: expected layers that compute as nn.Linear does, got {key}, a {type(weights[name]).__name__}, which would compute "
+                f"something else packed. {advice}"
+            )
+    return model
 
 
 def _needed(format: str, size: int, pruned: PrunedFolder) -> int:
@@ -145,92 +168,87 @@ def load_packed(
         elsewhere.
     """
     from .inference.convert import fuse_siblings, refuse_to_save
-    from .inference.linear import SparseLinear
+    from .inference.slots import fill_slots
 
     place = checked_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     packed = read_packed(path, verify_hashes=verify_hashes)
     source = ModelSource(str(path), packed.folder, None, packed.weight_files)
     dtype = checked_dtype(source, dtype)
-    skeleton = _skeleton(source, dtype, trust_remote_code)
-    names = _places(source, skeleton, packed)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    bare = skeleton(source, config, held=packed.shapes, dtype=dtype, trust_remote_code=trust_remote_code)
+    places = _places(source, bare, packed.layers)
 
     def load() -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        # transformers does for all other tensors what it does for any model: names, dtypes, buffers, ties.
-        model, info = _with_slots(type(skeleton), list(names.values())).from_pretrained(
-            None,
-            config=skeleton.config,
-            state_dict=dict(packed.others()),
-            generation_config=_generation_config(packed.folder),
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed, and refused
-        )
-        model.__class__ = type(skeleton)
-        for layer, name in names.items():
+        options = {"dtype": dtype, "generation_config": _generation_config(packed.folder)}
+        model, info = _without_packed(bare, places, dict(packed.others()), options)
+        model.__class__ = type(bare)
+        for layer, names in places.items():
             values, metadata = packed.layer(layer)
-            bias = model.get_submodule(name).bias
-            model.set_submodule(name, SparseLinear.from_packed(values.to(dtype), metadata, bias, device=place))
+            fill_slots(model, names, values.to(dtype), metadata, device=place)
         return model, info
 
     model = load_whole(source, place, load)
     model.name_or_path = model.config.name_or_path = str(path)
     model.save_pretrained = refuse_to_save
     if fuse:
-        fuse_siblings(model, list(names.values()))
+        fuse_siblings(model, [names[0] for names in places.values() if len(names) == 1])
     return model
 
 
-def _skeleton(source: ModelSource, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model that config.json describes, without weights."""
-    from transformers import AutoModelForCausalLM
+def _without_packed(
+    bare: PreTrainedModel, places: Mapping[str, Sequence[str]], others: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model with slots at `places`, and transformers' loading info.
 
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # code that comes with a model raises anything
-        raise ModelError(
-            f"{source.spec}: expected a model that transformers can build, got {one_line(error)}. Check config.json."
-        ) from error
-    return model
+    transformers does for all other tensors what it does for any model: names, dtypes, buffers, ties.
+    """
+    from .inference.slots import with_slots
+
+    loaded: tuple[PreTrainedModel, Mapping[str, Any]] = with_slots(type(bare), list(places.values())).from_pretrained(
+        None,
+        config=bare.config,
+        state_dict=others,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are listed, and refused
+        **options,
+    )
+    return loaded
 
 
-def _places(source: ModelSource, skeleton: nn.Module, packed: PackedModel) -> dict[str, str]:
-    """Packed layer -> name of the nn.Linear that it replaces."""
-    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+def _check_loads(out: Path, source: ModelSource, bare: PreTrainedModel) -> None:
+    """Raise ModelError unless `load_packed` can make a model of the folder that was just written; no tensor of it is read.
+
+    transformers loads to the meta device only with accelerate; without it the names and the shapes of the packed layers are compared.
+    """
+    packed = read_packed(out, verify_hashes=False)
+    places = _places(source, bare, packed.layers)
+    if importlib.util.find_spec("accelerate") is None:
+        return
+    meta = torch.device("meta")
+    others = {key: torch.empty(packed.shapes[key], dtype=dtype, device=meta) for key, dtype in packed.other_dtypes.items()}
+    load_whole(source, meta, lambda: _without_packed(bare, places, others, {"device_map": {"": meta}}))
+
+
+def _places(source: ModelSource, model: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
+    """Packed layer -> names of the linear layers of `model` that it replaces: of several that share a weight all."""
+    from .inference.slots import sharing
+
+    holders = sharing(model)
+    linears = {f"{name}{WEIGHT}": module for name, module in model.named_modules(remove_duplicate=False) if computes_linear(module)}
     advice = "The weights belong to another config.json: export again."
     try:
-        keys = resolve_names("load_packed", [f"{layer}{WEIGHT}" for layer in packed.layers], [f"{name}{WEIGHT}" for name in linears])
+        keys = resolve_names("load_packed", [f"{layer}{WEIGHT}" for layer in layers], linears)
     except ModelError as error:
         raise ModelError(
             f"{source.spec}: expected the packed layers among the linear layers of the model that config.json describes, "
-            f"got others ({listed([layer for layer in packed.layers if layer not in linears])}). {advice}"
+            f"got others ({listed([layer for layer in layers if f'{layer}{WEIGHT}' not in linears])}). {advice}"
         ) from error
-    places = {key.removesuffix(WEIGHT): name.removesuffix(WEIGHT) for key, name in keys.items()}
-    for layer, shape in packed.layers.items():
-        expected = tuple(linears[places[layer]].weight.shape)
+    places = {key.removesuffix(WEIGHT): holders[name] for key, name in keys.items()}
+    for layer, shape in layers.items():
+        expected = tuple(linears[keys[f"{layer}{WEIGHT}"]].weight.shape)
         if expected != shape:
             raise ModelError(f"{source.spec}: expected {layer} of shape {expected}, which config.json describes, got {shape}. {advice}")
     return places
-
-
-class _Slot(nn.Module):
-    """Stands where a packed layer will be, with its bias alone."""
-
-    def __init__(self, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.bias = bias
-
-
-def _with_slots(kind: type[PreTrainedModel], names: Sequence[str]) -> type[PreTrainedModel]:
-    """The class `kind`, whose models have slots at `names`: their dense weights are never allocated, nor found missing."""
-
-    def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807
-        kind.__init__(self, *arguments, **options)
-        for name in names:
-            self.set_submodule(name, _Slot(self.get_submodule(name).bias))
-
-    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
 
 
 def _generation_config(folder: Path) -> Any:

@@ -24,7 +24,7 @@ from .errors import ConfigError, DataError, ShortTextError
 from .evaluation.memory import explain_out_of_memory, peak_memory, reset_peak_memory
 from .evaluation.perplexity import embedding_rows, finite, perplexity
 from .evaluation.restore import restore_test
-from .formats.dense import check_parameters, write_pruned_model
+from .formats.dense import check_parameters, check_small_files, write_pruned_model
 from .formats.folder import FILES, check_apart, check_output, check_space, output_folder
 from .formats.manifest import DECODER, write_manifest
 from .formats.masks import save_masks
@@ -167,6 +167,7 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     """Checks everything that can be checked, reads text and model, prints the plan, measures the dense model."""
     source = resolve_model(config.model, revision=config.revision)
     check_apart(config.output, source.folder)
+    check_small_files(source.folder)
     check_space(config.output, sum(path.stat().st_size for path in source.weight_files))
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, progress=progress)
     described = load_config(source, trust_remote_code=config.trust_remote_code)

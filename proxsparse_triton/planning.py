@@ -19,6 +19,7 @@ from .methods.base import build_method
 from .methods.proxsparse import ProxSparse
 from .methods.repair import Repair
 from .models.checkpoint import one_line, stored_dtype
+from .models.declared import skeleton
 from .models.loading import ModelSource, load_config, resolve_model
 from .models.selection import LayerPlan, plan_layers
 from .models.share import NOTHING, Share
@@ -191,6 +192,8 @@ def plan_run(config: RunConfig) -> RunPlan:
         raise ConfigError(f"plan: expected --method proxsparse, got {config.method}. Other methods need the model and little more.")
     source = config_source(config.model, config.revision)
     model_config = load_config(source, trust_remote_code=config.trust_remote_code)
+    if source.weight_files:
+        skeleton(source, model_config, trust_remote_code=config.trust_remote_code)  # which looks at the sizes, before they are counted with
     in_files = bool(source.weight_files) and source.is_safetensors
     gpu = torch.cuda.get_device_properties(0) if config.place == "cuda" and torch.cuda.is_available() else None
     limit = config.memory or (gpu.total_memory if gpu else None)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "proxsparse_triton"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
 
 FLOORS = {
-    **dict.fromkeys(("errors", "progress", "sparsity", "step", "marks", "interrupts"), 0),
+    **dict.fromkeys(("errors", "files", "progress", "sparsity", "step", "marks", "interrupts"), 0),
     **dict.fromkeys(("kernels", "reference"), 1),
     "ops": 2,
     **dict.fromkeys(("optim", "calibration", "models"), 3),

@@ -314,7 +314,7 @@ class TestLoadRefuses:
             load_packed(run)
 
     def test_changed_files_before_a_model_is_built(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(export, "_skeleton", lambda *arguments: pytest.fail("built"))
+        monkeypatch.setattr(export, "skeleton", lambda *arguments, **options: pytest.fail("built"))
         content = bytearray((copy / SHARD).read_bytes())
         content[-1] ^= 1
         (copy / SHARD).write_bytes(bytes(content))

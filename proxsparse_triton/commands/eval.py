@@ -105,6 +105,7 @@ def evaluate(**options: Any) -> None:
     from ..calibration.windows import check_ids
     from ..evaluation.harness import load_tasks
     from ..evaluation.text import windows_to_measure
+    from ..formats.pruned import damage
     from ..formats.verify import recorded_share
     from ..models.loading import load_tokenizer, vocabulary_size
     from .console import console_progress
@@ -129,6 +130,8 @@ def evaluate(**options: Any) -> None:
     # Before the weights: a mistyped task or a missing network costs seconds instead of minutes.
     suite = load_tasks(settings.task_names, progress=notes) if settings.task_names else None
 
+    for problem in damage(source.folder):
+        notes.note(f"{source.spec} is not as it was written, and the figures are those of what lies there now. {problem}.")
     measured = _measure(settings, source, tokenizer, texts=texts, suite=suite, place=place)
     original = None if dense is None else _measure(settings, dense, tokenizer, texts=texts, suite=suite, place=place)
     report = {**_report(texts, measured, original), "decoder": None if share is None else share.as_json()}
@@ -186,7 +189,7 @@ def _source(path: str) -> ModelSource:
 def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> ModelSource | None:
     """The model to compare with: --dense, or the original that a run of ours names, if it is still there."""
     from ..errors import ProxSparseError
-    from ..formats.manifest import read_manifest
+    from ..formats.manifest import original_of, read_manifest
     from ..models.loading import resolve_model
 
     if settings.dense is not None:
@@ -194,21 +197,11 @@ def _dense_source(settings: _Settings, source: ModelSource, notes: Progress) -> 
     if settings.no_dense or not (source.folder / "manifest.json").is_file():
         return None
     try:
-        spec, revision = _original(read_manifest(source.folder))
+        spec, revision = original_of(read_manifest(source.folder))
         return None if spec is None else resolve_model(spec, revision=revision)
     except ProxSparseError as error:
         notes.note(f"The dense original is not measured: {error} Name it with --dense, or silence this with --no-dense.")
         return None
-
-
-def _original(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(spec, revision) of the model that a run started from: `model` in its manifest, a string or an object with `spec`."""
-    model = manifest.get("model")
-    if isinstance(model, Mapping):
-        spec, revision = model.get("spec"), model.get("revision")
-    else:
-        spec, revision = model, manifest.get("revision")
-    return (spec if isinstance(spec, str) else None), (revision if isinstance(revision, str) else None)
 
 
 def _seqlen(settings: _Settings, sources: Sequence[ModelSource]) -> int:
@@ -234,11 +227,12 @@ def _seqlen(settings: _Settings, sources: Sequence[ModelSource]) -> int:
 
 def _config(source: ModelSource, trust_remote_code: bool) -> Any:
     """The model's configuration object, None if it does not load: load_model then says why."""
-    from transformers import AutoConfig
+    from ..errors import ProxSparseError
+    from ..models.loading import load_config
 
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception:  # custom code, an unknown model type, a broken file
+        return load_config(source, trust_remote_code=trust_remote_code)
+    except ProxSparseError:  # custom code, an unknown model type, a broken file
         return None
 
 

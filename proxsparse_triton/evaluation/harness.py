@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, ConfigError, DataError, ModelError, ProxSparseError
+from ..files import read_regular
 from ..progress import SILENT, Progress
 from .memory import explain_out_of_memory, is_out_of_memory
 from .perplexity import CHECK_DTYPE, embedding_rows
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PAPER_TASKS = ("arc_challenge", "arc_easy", "social_iqa", "hellaswag", "openbookqa", "piqa", "truthfulqa_mc2")
 SEED = 1234  # lm-eval's own default for numpy, torch and few-shot sampling; here for all of them
 _FIRST_VERSION = "0.4.12"  # the first lm-eval with TaskManager.load
+_MOST_BYTES = 1 << 24  # of a task file
 _NOISY = ("lm_eval", "datasets", "huggingface_hub")
 
 
@@ -201,7 +203,9 @@ def _read_task_file(path: Path) -> Mapping[str, Any]:
 
     Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        config = yaml.load(read_regular(path, _MOST_BYTES).decode(), Loader=Loader)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: expected a task in YAML, got lists or mappings nested without end. Correct the file.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: expected a task in YAML, got {_line(error)}. Correct the file.") from error
     except UnicodeDecodeError as error:

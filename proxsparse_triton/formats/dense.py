@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, OutputError, ShapeError
+from ..files import MAX_SMALL, is_regular, open_regular
 from ..models.checkpoint import read_json_object
 from .folder import MANIFEST_NAME
 from .manifest import plain
@@ -158,7 +159,7 @@ class _Changes:
 def _rewrite(path: Path, target: Path, changes: _Changes) -> None:
     """Copy a safetensors file, replacing the bytes of the changed tensors only."""
     header = read_header(path)
-    with path.open("rb") as source, target.open("wb") as sink:
+    with open_regular(path) as source, target.open("wb") as sink:
         sink.write(header.raw)
         for entry in header.entries:
             if entry.name in changes:
@@ -227,14 +228,39 @@ def _size(entry: Entry) -> int:
 
 
 def copy_small_files(folder: Path, out: Path) -> None:
-    """Tokenizer, generation settings, chat templates, custom code and licences; weights and pickles never."""
+    """Tokenizer, generation settings, chat templates, custom code and licences; weights and pickles never.
+
+    Raises: as `check_small_files`.
+    """
+    check_small_files(folder)
+    for path in _small_files(folder):
+        target = out / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        with open_regular(path, MAX_SMALL) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+def check_small_files(folder: Path) -> None:
+    """Raise ModelError unless what `copy_small_files` would take is this model's own.
+
+    A link that leads out of the folder would publish with the model what somebody else's file holds. The Hub's cache is made of links
+    too: those of a snapshot lead to the blobs of the same repository.
+    """
+    home = folder.resolve()
+    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    for path in (folder / "config.json", folder / INDEX_NAME, *_small_files(folder)):
+        real = path.resolve()
+        if not any(real.is_relative_to(inside) for inside in homes):
+            raise ModelError(
+                f"{folder}: expected files of the model's own, got the link {path.name} to {real}, outside of its folder, which would be "
+                "copied. Put the file itself in its place."
+            )
+
+
+def _small_files(folder: Path) -> list[Path]:
     templates = folder / "additional_chat_templates"
-    nested = [path for path in templates.glob("*.jinja") if path.is_file()] if templates.is_dir() else []
-    for path in sorted([*folder.iterdir(), *nested]):
-        if path.is_file() and _wanted(path.name):
-            target = out / path.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+    nested = list(templates.glob("*.jinja")) if templates.is_dir() else []
+    return [path for path in sorted([*folder.iterdir(), *nested]) if is_regular(path) and _wanted(path.name)]
 
 
 def _wanted(name: str) -> bool:

@@ -73,6 +73,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def original_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(spec, revision) of the model that a run started from: `model` in its manifest, a string or an object with `spec`."""
+    model = manifest.get("model")
+    if isinstance(model, Mapping):
+        spec, revision = model.get("spec"), model.get("revision")
+    else:
+        spec, revision = model, manifest.get("revision")
+    return (spec if isinstance(spec, str) else None), (revision if isinstance(revision, str) else None)
+
+
 def plain(function: str, value: object, where: str = "") -> Any:
     """`value` in JSON's own types: dataclasses, mappings, sequences, paths, dtypes and devices are converted.
 

@@ -33,20 +33,20 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError, ShapeError
+from ..files import open_regular, parse_json
+from ..models.checkpoint import one_line
 from ..ops.sharded import local, part_like, whole
 from ..sparsity import BLOCK, check_mask, check_width
 from .folder import atomic_file
 from .parameters import find_parameters, weight_in_memory
-from .shards import MASKS_NAME, write_safetensors
+from .shards import MASKS_NAME, Entry, read_bits, read_header, write_safetensors
 
 FORMAT = "proxsparse-masks"
 VERSION = "1"
@@ -54,6 +54,7 @@ PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 PER_BYTE = 3
 BYTES = len(PAIRS) ** PER_BYTE
 INVALID = 255
+MAX_DIMENSIONS = 64  # numpy's and torch's limit
 
 
 def _encoding_table() -> NDArray[np.uint8]:
@@ -108,13 +109,17 @@ class StoredMasks(Mapping[str, Tensor]):
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self._path = path / MASKS_NAME if path.is_dir() else path
-        with self._opened() as file:
-            self._shapes = _shapes(self._path, file.metadata() or {}, set(file.keys()))
+        with self._explained():
+            header = read_header(self._path)
+        self._entries = {entry.name: entry for entry in header.entries}
+        self._shapes = _shapes(self._path, header.metadata, set(self._entries))
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        with self._opened() as file:
-            return _unpack(self._path, name, file.get_tensor(name), shape)
+        shape, entry = self._shapes[name], self._entries[name]
+        _check_entry(self._path, entry, shape)
+        with self._explained(), open_regular(self._path) as file:
+            data = read_bits(file, entry)
+        return _unpack(self._path, name, data.numpy(), shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -123,13 +128,13 @@ class StoredMasks(Mapping[str, Tensor]):
         return len(self._shapes)
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _explained(self) -> Iterator[None]:
         try:
-            with safe_open(self._path, framework="numpy") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
+            yield
+        except (ModelError, OSError) as error:
+            reason = str(error) if isinstance(error, ModelError) else one_line(error)
             raise ModelError(
-                f"load_masks: expected a masks file written by this tool, got {self._path} ({error}). "
+                f"load_masks: expected a masks file written by this tool, got {self._path} ({reason.rstrip('.')}). "
                 f"Name a run folder or its {MASKS_NAME}."
             ) from error
 
@@ -208,14 +213,19 @@ def _pack(name: str, mask: Tensor) -> NDArray[np.uint8]:
     return packed
 
 
-def _unpack(path: Path, name: str, data: NDArray[Any], shape: tuple[int, ...]) -> Tensor:
+def _check_entry(path: Path, entry: Entry, shape: tuple[int, ...]) -> None:
+    """Raise ModelError unless these are the bytes of a mask of this shape."""
+    expected = -(-math.prod(shape) // (PER_BYTE * BLOCK))
+    if entry.dtype != "U8" or entry.shape != (expected,):
+        raise ModelError(
+            f"load_masks: expected {expected} uint8 values for {entry.name} of shape {shape}, "
+            f"got {entry.dtype} {entry.shape} in {path}. The file is corrupt: copy it again."
+        )
+
+
+def _unpack(path: Path, name: str, data: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor:
     """uint8 [ceil(blocks / 3)] -> bool [shape]."""
     count = math.prod(shape)
-    if data.dtype != np.uint8 or data.shape != (-(-count // (PER_BYTE * BLOCK)),):
-        raise ModelError(
-            f"load_masks: expected {-(-count // (PER_BYTE * BLOCK))} uint8 values for {name} of shape {shape}, "
-            f"got {data.dtype} {data.shape} in {path}. The file is corrupt: copy it again."
-        )
     if data.size and data.max() >= BYTES:
         raise ModelError(
             f"load_masks: expected bytes below {BYTES} for {name}, got {data.max()} in {path}. The file is corrupt: copy it again."
@@ -232,8 +242,8 @@ def _shapes(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[st
             "Name a masks file of this tool, or update the tool."
         )
     try:
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        shapes = {name: tuple(shape) for name, shape in parse_json(metadata["shapes"]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"load_masks: expected a JSON object of shapes in the metadata of {path}, got something else. The file is corrupt."
         ) from error
@@ -241,6 +251,6 @@ def _shapes(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[st
         holds = "a tensor without a shape" if name in names else "a shape without a tensor"
         raise ModelError(f"load_masks: expected a tensor and a shape for each mask, got {holds} for {name} in {path}. The file is corrupt.")
     for name, shape in shapes.items():
-        if not shape or not all(type(size) is int and 0 <= size < 2**31 for size in shape) or shape[-1] % BLOCK:
+        if not 0 < len(shape) <= MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**31 for size in shape) or shape[-1] % BLOCK:
             raise ModelError(f"load_masks: expected a shape in blocks of {BLOCK} for {name}, got {shape} in {path}. The file is corrupt.")
     return shapes

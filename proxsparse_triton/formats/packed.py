@@ -24,17 +24,19 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, OutputError, ShapeError
-from ..models.checkpoint import FLOAT_DTYPES, INDEX_SUFFIX, is_packed, listed, one_line, read_json_object, shard_names
+from ..files import is_regular
+from ..models.checkpoint import FLOAT_DTYPES, INDEX_SUFFIX, is_packed, listed, read_json_object, shard_names, unreadable
+from ..models.source import CONFIG
 from ..ops.pack import pack_24, unpack_24
 from ..progress import SILENT, Progress, Task
-from ..reference.metadata import row_words
+from ..reference.metadata import descending, row_words
 from ..sparsity import BLOCK, KEPT, check_width
 from .dense import copy_small_files, write_config, write_json
 from .folder import FILES, MANIFEST_NAME
 from .manifest import read_manifest, write_manifest
 from .pruned import PrunedFolder
 from .records import file_records, is_record, sha256
-from .shards import DTYPES, Entry, WeightFiles, file_layout, read_header, write_safetensors
+from .shards import DTYPES, Entry, WeightFiles, file_layout, read_header, without_config, write_safetensors
 
 FORMAT = "packed"
 VERSION = 1
@@ -111,9 +113,20 @@ class PackedModel:
         self.shapes: dict[str, tuple[int, ...]] = {f"{name}{WEIGHT}": shape for name, shape in layers.items()}
         self.shapes.update({key: self._files.shapes[key] for key in self._others})
 
+    @property
+    def other_dtypes(self) -> dict[str, torch.dtype]:
+        """Of every tensor that is not packed, by its key."""
+        return {key: DTYPES[self._files.dtypes[key]] for key in self._others}
+
     def layer(self, name: str) -> tuple[Tensor, Tensor]:
-        """(values, metadata) of one of `layers`."""
-        return self._files.tensor(f"{name}{VALUES}"), self._files.tensor(f"{name}{METADATA}")
+        """(values, metadata) of one of `layers`. Raises: ModelError: positions in a block that do not ascend, which no kernel looks at."""
+        values, metadata = self._files.tensor(f"{name}{VALUES}"), self._files.tensor(f"{name}{METADATA}")
+        wrong = descending(metadata)
+        if wrong is not None:
+            raise ModelError(
+                f"{self.folder}: expected well-formed metadata in {name}, got positions that do not ascend in block {wrong}. {ADVICE}"
+            )
+        return values, metadata
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is not packed, under its own name."""
@@ -155,7 +168,7 @@ class _Masks(Mapping[str, Tensor]):
 
 def is_packed_folder(path: Path) -> bool:
     """True for a folder whose config.json says that it is packed."""
-    return (path / "config.json").is_file() and is_packed(read_json_object(path / "config.json"))
+    return is_regular(path / CONFIG) and is_packed(read_json_object(path / CONFIG))
 
 
 def read_packed(path: str | Path, *, verify_hashes: bool = True) -> PackedModel:
@@ -168,11 +181,16 @@ def read_packed(path: str | Path, *, verify_hashes: bool = True) -> PackedModel:
     folder = Path(path)
     config = _checked_config(folder)
     layers = _layers(folder, config["proxsparse"])
-    _check_files(folder, verify_hashes)
+    recorded = _check_files(folder, verify_hashes)
     names = shard_names(folder / INDEX)
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if not is_regular(folder / name)]
     if absent:
         raise ModelError(f"{folder}: expected the shards that {INDEX} names, got {len(absent)} missing: {listed(absent)}. {ADVICE}")
+    unknown = sorted({CONFIG, INDEX, *names} - recorded)
+    if unknown:
+        raise ModelError(
+            f"{folder}: expected size and hash of every file of the model in {MANIFEST_NAME}, got none of {listed(unknown)}. {ADVICE}"
+        )
     entries: dict[str, Entry] = {}
     where = {}
     for name in names:
@@ -233,12 +251,12 @@ def _tensors(parts: Sequence[_Part], pruned: PrunedFolder, device: torch.device,
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        actual = "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    actual = without_config(folder)
+    if actual:
         raise ModelError(
             f"{folder}: expected a packed folder, got one that {actual}. Name a folder that `pst export --format packed` wrote."
         )
-    config = read_json_object(folder / "config.json")
+    config = read_json_object(folder / CONFIG)
     if not is_packed(config):
         raise ModelError(
             f"{folder}: expected a packed folder, got a model of another kind. Load it with AutoModelForCausalLM.from_pretrained, "
@@ -263,18 +281,19 @@ def _layers(folder: Path, entry: Mapping[str, Any]) -> dict[str, tuple[int, int]
     return layers
 
 
-def _check_files(folder: Path, verify_hashes: bool) -> None:
-    """Raise ModelError unless every file of the manifest is there and, with `verify_hashes`, as it was written."""
+def _check_files(folder: Path, verify_hashes: bool) -> set[str]:
+    """The files of the manifest. Raise ModelError unless they are there and, with `verify_hashes`, as they were written."""
     files = read_manifest(folder).get(FILES)
     if not isinstance(files, dict) or not files or not all(is_record(name, record) for name, record in files.items()):
         raise ModelError(f"{folder}: expected sizes and hashes under {FILES} in {MANIFEST_NAME}, got something else. {ADVICE}")
-    absent = [name for name in files if not (folder / name).is_file()]
+    absent = [name for name in files if not is_regular(folder / name)]
     if absent:
         raise ModelError(
             f"{folder}: expected the {len(files)} files that {MANIFEST_NAME} lists, got {len(absent)} missing: {listed(absent)}. {ADVICE}"
         )
     for name, record in files.items() if verify_hashes else ():
         _check_content(folder / name, record["bytes"], record["sha256"])
+    return set(files)
 
 
 def _check_content(path: Path, size: int, digest: str) -> None:
@@ -282,7 +301,7 @@ def _check_content(path: Path, size: int, digest: str) -> None:
         actual_size = path.stat().st_size
         actual = sha256(path) if actual_size == size else None
     except OSError as error:
-        raise ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.") from error
+        raise unreadable(path, error) from error
     if actual is None:
         raise ModelError(f"{path}: expected {size} bytes as {MANIFEST_NAME} says, got {actual_size}. The file was cut or changed. {ADVICE}")
     if actual != digest:

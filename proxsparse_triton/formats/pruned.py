@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models.checkpoint import FLOAT_DTYPES, read_json_object
+from ..files import read_json
+from ..models.checkpoint import FLOAT_DTYPES, is_packed, read_json_object
 from ..ops.mask import mask_24
 from ..sparsity import BLOCK, KEPT, check_width
-from .folder import MANIFEST_NAME, is_run
-from .manifest import PARAMETERS, WEIGHTS_UPDATED, read_manifest
+from .folder import MANIFEST_NAME, TOOL
+from .manifest import PARAMETERS, WEIGHTS_UPDATED
 from .masks import StoredMasks
+from .records import changed_files
 from .shards import MASKS_NAME, WeightFiles, resolve_names
 
 
@@ -31,8 +34,8 @@ class PrunedFolder(Mapping[str, Tensor]):
         self.folder = folder
         self.weight_files = tuple(weight_files)
         self.files = WeightFiles(weight_files)
-        self.manifest: Mapping[str, Any] = read_manifest(folder) if is_run(folder) else {}
-        self._masks: Mapping[str, Tensor] = StoredMasks(folder) if (folder / MASKS_NAME).exists() else {}
+        self.manifest: Mapping[str, Any] = own_record(folder)
+        self._masks: Mapping[str, Tensor] = own_masks(folder)
         names = listed_parameters("export", folder, self._masks, self.manifest)
         self.recorded = bool(names)
         self.where = resolve_names("export", names or choose(), self.files.shapes)  # parameter name -> key in the weight files
@@ -84,6 +87,48 @@ class PrunedFolder(Mapping[str, Tensor]):
                 f"{(row, column // BLOCK)}. The weights are not those that were pruned: prune again, or export them without the masks."
             )
         return w, mask
+
+
+def own_record(folder: Path) -> Mapping[str, Any]:
+    """The manifest of a folder that pst wrote; empty for any other folder.
+
+    Raises: ModelError: it is there and cannot be read, so that nobody knows what it says.
+    """
+    path = folder / MANIFEST_NAME
+    if not os.path.lexists(path):
+        return {}
+    try:
+        manifest = read_json(path)
+    except (OSError, ValueError):
+        return read_json_object(path)  # which says what is wrong
+    return manifest if isinstance(manifest, dict) and manifest.get("tool") == TOOL else {}
+
+
+def own_masks(folder: Path) -> Mapping[str, Tensor]:
+    """The masks that lie in a folder, by parameter name; none where there is no file of them. ModelError: it is damaged."""
+    return StoredMasks(folder) if os.path.lexists(folder / MASKS_NAME) else {}
+
+
+def damage(folder: Path) -> list[str]:
+    """What of a folder that pst wrote is not as it was written, a line each; of a packed one nothing, whose reading refuses it.
+
+    Raises: ModelError, OSError: it cannot be read.
+    """
+    return [] if is_packed(read_json_object(folder / "config.json")) else changed_files(folder, own_record(folder))
+
+
+def check_unchanged(function: str, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ModelError unless the files of a run are those that were written, where its manifest has their hashes.
+
+    What was damaged must not leave with fresh hashes. OSError: a file cannot be read.
+    """
+    problems = changed_files(folder, manifest)
+    if problems:
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(
+            f"{function}: expected {folder} as it was written, got {problems[0]}{more}. Copy the run again; "
+            f"if the change is yours, {function} a copy of it without {MANIFEST_NAME}."
+        )
 
 
 def listed_parameters(function: str, path: Path, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..files import is_regular, open_regular
 from .owned import FILES, MANIFEST_NAME, MARKER
 
 Records = dict[str, dict[str, object]]
@@ -27,15 +28,15 @@ def is_record(name: str, record: Any) -> bool:
     return inside and isinstance(record, dict) and type(record.get("bytes")) is int and isinstance(record.get("sha256"), str)
 
 
-def changed_weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Safetensors files that are not as the manifest says, a line each; none where it says nothing. OSError: one cannot be read."""
+def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files that are not as the manifest says, a line each; none where it says nothing. OSError: one cannot be read."""
     files = manifest.get(FILES)
     problems = []
     for name, record in files.items() if isinstance(files, dict) else ():
-        if not name.endswith(".safetensors") or not is_record(name, record):
-            continue
         path = folder / name
-        if not path.is_file():
+        if not is_record(name, record):
+            problems.append(f"{MANIFEST_NAME}: has no size and SHA-256 of {name[:80]!r}")
+        elif not is_regular(path):
             problems.append(f"{name}: is missing, {MANIFEST_NAME} lists it")
         elif path.stat().st_size != record["bytes"] or sha256(path) != record["sha256"]:
             problems.append(f"{name}: is not the file that was written, its SHA-256 in {MANIFEST_NAME} is another")
@@ -43,5 +44,5 @@ def changed_weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -19,7 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models.checkpoint import check_weight_files, find_weight_files, read_json_object
+from ..models.checkpoint import (
+    METADATA,
+    check_safetensors,
+    find_weight_files,
+    load_pickle,
+    one_line,
+    read_json_object,
+    unreadable,
+)
 
 MASKS_NAME = "masks.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,6 +47,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+NARROW = frozenset({"F4", "F6_E2M3", "F6_E3M2"})  # several values in a byte: torch has no arithmetic for them
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,25 +64,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """`raw` is everything before the first tensor's bytes; `entries` are in the order of the bytes."""
+    """`raw` is everything before the first tensor's bytes; `entries` are in the order of the bytes; `metadata` are the file's texts."""
 
     raw: bytes
     entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file. Raises: ModelError: missing, truncated, corrupt or not safetensors."""
-    check_weight_files([path])  # ranges, sizes, the file's length
-    with path.open("rb") as file:
-        length = file.read(8)
-        text = file.read(int.from_bytes(length, "little"))
-    start = len(length) + len(text)
+    try:
+        raw, header = check_safetensors(path)  # ranges, sizes, the file's length
+    except OSError as error:
+        raise unreadable(path, error) from error
+    metadata = header.pop(METADATA, {})
     entries = [
-        Entry(name, field["dtype"], tuple(field["shape"]), start + field["data_offsets"][0], start + field["data_offsets"][1])
-        for name, field in json.loads(text).items()
-        if name != "__metadata__"
+        Entry(name, field["dtype"], tuple(field["shape"]), len(raw) + field["data_offsets"][0], len(raw) + field["data_offsets"][1])
+        for name, field in header.items()
     ]
-    return Header(length + text, tuple(sorted(entries, key=lambda entry: (entry.start, entry.end))))
+    return Header(raw, tuple(sorted(entries, key=lambda entry: (entry.start, entry.end))), metadata)
 
 
 def read_bits(file: BufferedReader, entry: Entry) -> Tensor:
@@ -124,23 +134,11 @@ def write_safetensors(
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch .bin file, mapped from the disk where its format allows it; nothing in it is executed.
-
-    Raises: ModelError: unreadable, refused by torch's safe loading, or not a flat dict of tensors.
-    """
+    """`models.checkpoint.load_pickle`, with every failure in one line. Raises: ModelError."""
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the old format before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError, OSError ... for bad files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"load_bin: expected weights that load safely, got {path} ({reason}). Convert the model to safetensors first."
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"load_bin: expected a dict of tensors, got something else in {path}. Convert the model to safetensors first.")
-    return state
+        return load_pickle(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def file_layout(function: str, path: Path) -> tuple[Entry, ...]:
@@ -165,17 +163,23 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._where: dict[str, Path] = {}
         self._bin: tuple[Path, dict[str, Tensor]] | None = None
+        self.dtypes: dict[str, str] = {}  # their codes, of those in safetensors files
         for path in files:
             if path.suffix == ".safetensors":
-                found = {entry.name: entry.shape for entry in read_header(path).entries}
+                entries = read_header(path).entries
+                found = {entry.name: entry.shape for entry in entries}
+                self.dtypes.update({entry.name: entry.dtype for entry in entries})
             else:
                 found = {name: tuple(tensor.shape) for name, tensor in self._load(path).items()}
             self.shapes.update(found)
             self._where.update(dict.fromkeys(found, path))
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor `name` as stored, on the CPU. Raises: ModelError: its dtype is unknown to torch."""
+        """The tensor `name` as stored, on the CPU. Raises: ModelError: its dtype is unknown to torch, or narrower than a byte."""
         path = self._where[name]
+        dtype = self.dtypes.get(name)
+        if dtype in NARROW:
+            raise ModelError(f"{path}: expected weights of at least 8 bits, got {dtype} in {name}. Dequantize the model first.")
         if path.suffix != ".safetensors":
             return self._load(path)[name]
         try:
@@ -196,10 +200,20 @@ def model_files(folder: Path) -> tuple[Path, ...]:
 
     Raises: ModelError: not a folder, no config.json, no weights, or an index that names absent files.
     """
-    if not (folder / "config.json").is_file():
-        actual = "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    actual = without_config(folder)
+    if actual:
         raise ModelError(f"verify: expected a model folder, got {folder}, which {actual}. Name a folder with config.json and weights.")
     return find_weight_files(folder, read_json_object(folder / "config.json"))
+
+
+def without_config(folder: Path) -> str:
+    """What `folder` is, that it has no config.json; "" if something lies there under that name."""
+    try:
+        if os.path.lexists(folder / "config.json"):
+            return ""
+        return "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it, a folder that may not be entered
+        return f"cannot be opened ({one_line(error)})"
 
 
 def resolve_names(

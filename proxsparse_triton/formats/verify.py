@@ -15,13 +15,11 @@ from ..errors import ModelError
 from ..models.share import Share, read_share, share_of, weights_in_files
 from ..progress import SILENT, Progress
 from ..sparsity import BLOCK, KEPT, count_negative_zeros, kept_per_block
-from .folder import is_run
-from .manifest import DECODER, PARAMETERS, WEIGHTS_UPDATED, read_manifest
-from .masks import StoredMasks
+from .manifest import DECODER, PARAMETERS, WEIGHTS_UPDATED
 from .packed import PackedModel, is_packed_folder, read_packed
-from .pruned import listed_parameters
-from .records import changed_weights
-from .shards import MASKS_NAME, WeightFiles, bits, model_files, resolve_names
+from .pruned import listed_parameters, own_masks, own_record
+from .records import changed_files
+from .shards import WeightFiles, bits, model_files, resolve_names
 
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")  # decoder blocks are numbered: model.layers.0.mlp..., h.0.attn...
 _Tensors = WeightFiles | PackedModel
@@ -71,16 +69,18 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
 
     A packed folder is 2:4 by its form: its files must be those that were written, and the positions in each block must ascend.
 
-    The weight files must be those that were written, where the manifest has their hashes.
+    Every file must be the one that was written, where the manifest has its hash.
 
     With `original`, kept weights must be the original's bit for bit (unless the manifest says that the method updates them),
     and so must every tensor that is not pruned.
 
     Raises: ModelError: `path` or `original` is not a model folder, a file is corrupt, or a listed parameter is in no file.
     """
-    manifest = read_manifest(path) if is_run(path) else {}
+    manifest = own_record(path)
     files, masks, listed = _opened(path, manifest)
-    before = _Original(original, files) if original is not None else None
+    # Only our own manifests tell whether the method updates weights.
+    hint = "" if manifest else " (as they do where the method updates them, of which this folder has no record: leave out --original)"
+    before = _Original(original, files, hint) if original is not None else None
     keys = resolve_names("verify", listed, files.shapes)
     stored = {keys[name]: name for name in masks}
     names = list(keys.values()) or [name for name, shape in files.shapes.items() if _is_candidate(name, shape)]
@@ -99,7 +99,7 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
     if not keys and not any(layer.wrong_blocks == 0 for layer in layers):
         problems.insert(0, "not one layer that is 2:4")
     if not is_packed_folder(path):  # those of a packed folder are compared when it is opened
-        problems += changed_weights(path, manifest)
+        problems += changed_files(path, manifest)
     if before is not None:
         problems += before.other_problems({layer.name for layer in layers}, files)
     return VerifyReport(
@@ -118,10 +118,10 @@ def recorded_share(path: Path) -> Share | None:
 
     Raises: ModelError: see `verify_folder`; no tensor is read.
     """
-    manifest = read_manifest(path) if is_run(path) else {}
+    manifest = own_record(path)
     if (share := read_share(manifest.get(DECODER))) is not None:
         return share
-    if not (manifest.get(PARAMETERS) or (path / MASKS_NAME).exists() or is_packed_folder(path)):
+    if not (manifest.get(PARAMETERS) or own_masks(path) or is_packed_folder(path)):
         return None
     files, _, listed = _opened(path, manifest)
     return _share(files, list(resolve_names("verify", listed, files.shapes).values()))
@@ -140,14 +140,15 @@ def _opened(path: Path, manifest: Mapping[str, Any]) -> tuple[_Tensors, Mapping[
         packed = read_packed(path)
         return packed, packed.masks, list(packed.masks)
     files = WeightFiles(model_files(path))
-    masks = StoredMasks(path) if (path / MASKS_NAME).exists() else {}
+    masks = own_masks(path)
     return files, masks, listed_parameters("verify", path, masks, manifest)
 
 
 class _Original:
     """The original's tensors under the keys of the folder that is checked."""
 
-    def __init__(self, folder: Path, pruned: _Tensors) -> None:
+    def __init__(self, folder: Path, pruned: _Tensors, hint: str) -> None:
+        self.hint = hint
         self._files = WeightFiles(model_files(folder))
         absent = [key for key in pruned.shapes if key not in self._files.shapes]
         present = set(self._files.shapes) - set(pruned.shapes)
@@ -200,7 +201,7 @@ def _check_layer(name: str, w: Tensor, *, required: bool, mask: Tensor | None, b
         else:
             changed = int(((mask if mask is not None else w != 0) & (pattern != stored)).sum())
             if changed and not updated:
-                problems.append(f"{changed} kept weights differ from the original")
+                problems.append(f"{changed} kept weights differ from the original{before.hint}")
     return LayerReport(
         name=name,
         shape=tuple(w.shape),

@@ -118,8 +118,6 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 def _packed(model: nn.Module, name: str, owners: Mapping[int, int]) -> SparseLinear | _Reason:
     """The packed layer for the place of `name`, or why it stays dense."""
     linear: Any = model.get_submodule(name)
-    if type(linear) is not nn.Linear:
-        return _Reason("of a class of its own", type(linear).__name__)
     if owners[id(linear.weight)] > 1:
         return _Reason("with a shared weight")
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or "forward" in vars(linear):

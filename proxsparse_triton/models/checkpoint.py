@@ -6,7 +6,6 @@ does not find at random and only logs a warning.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import warnings
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelError
+from ..files import MAX_JSON, UnfitFileError, is_regular, open_regular, parse_json, read_regular
 
 SAFE_WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -28,7 +28,9 @@ INDEX_SUFFIX = ".index.json"
 # The order in which transformers looks for them: what is validated and hashed must be what is loaded.
 ENTRIES = (SAFE_WEIGHTS, SAFE_WEIGHTS + INDEX_SUFFIX, PICKLED_WEIGHTS, PICKLED_WEIGHTS + INDEX_SUFFIX)
 
+METADATA = "__metadata__"  # of a safetensors header: texts beside the tensors
 LENGTH_BYTES = 8
+MOST_BYTES = 1 << 62  # beyond what any file has; keeps sums of sizes inside 64 bits
 MAX_HEADER = 100_000_000  # safetensors' own limit
 GIT_LFS_POINTER = b"version https://git-lfs"
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,19 +52,26 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
-    Raises: ModelError: the file is missing, unreadable, not UTF-8, not JSON or not an object.
+    Raises: ModelError: the file is missing, unreadable, no regular file, too large, not UTF-8, not JSON, nested too deeply, or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path, MAX_JSON))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: expected a JSON file, got no such file. {AGAIN}") from error
     except OSError as error:
-        raise ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise ModelError(f"{path}: expected JSON, got {one_line(error)}. {AGAIN}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got a {type(value).__name__}. {AGAIN}")
     return value
+
+
+def unreadable(path: Path, error: OSError) -> ModelError:
+    """The error to raise for a file of a model that cannot be opened or read."""
+    if isinstance(error, UnfitFileError):
+        return ModelError(f"{path}: expected a file, got {error.strerror}. Put the file itself in its place.")
+    return ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.")
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -87,11 +96,10 @@ def shard_names(index: Path) -> list[str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: expected a weight_map from tensors to files, got none. {AGAIN}")
-    names = list(dict.fromkeys(weight_map.values()))
-    wrong = [str(name) for name in names if not isinstance(name, str) or not name or PurePosixPath(name).name != name]
+    wrong = [str(name)[:80] for name in weight_map.values() if not isinstance(name, str) or not name or PurePosixPath(name).name != name]
     if wrong:
         raise ModelError(f"{index}: expected plain file names in weight_map, got {listed(wrong)}. {AGAIN}")
-    return names
+    return list(dict.fromkeys(weight_map.values()))
 
 
 def find_weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -99,7 +107,7 @@ def find_weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ..
 
     Raises: ModelError: no weights, an index that does not parse, or shards that are absent.
     """
-    present = sorted(path.name for path in folder.iterdir() if path.is_file())
+    present = sorted(path.name for path in folder.iterdir() if is_regular(path))
     entry = weight_entry(config, present)
     if entry is None:
         wanted = config.get("transformers_weights") or f"{SAFE_WEIGHTS} or {SAFE_WEIGHTS}{INDEX_SUFFIX}"
@@ -124,20 +132,27 @@ def check_weight_files(files: Sequence[Path]) -> None:
     for path in files:
         try:
             if path.suffix == ".safetensors":
-                _check_safetensors(path)
+                check_safetensors(path)
             else:
-                _check_pickle(path)
+                load_pickle(path)
         except OSError as error:
-            raise ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.") from error
+            raise unreadable(path, error) from error
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: tensor name -> dtype, shape, data_offsets (without `__metadata__`).
+    """The header of a safetensors file: tensor name -> dtype, shape, data_offsets (without `__metadata__`). As `raw_header` raises."""
+    header = raw_header(path)[1]
+    header.pop(METADATA, None)
+    return header
+
+
+def raw_header(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Everything before the first tensor's bytes, and the header in it, each entry of the form that the format asks for.
 
     Raises: ModelError: the file is empty, a Git LFS pointer, corrupt, or its size is not what the header says. OSError: unreadable.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(max(LENGTH_BYTES, len(GIT_LFS_POINTER)))
         if start.startswith(GIT_LFS_POINTER):
             raise ModelError(f"{path}: expected a safetensors file, got a Git LFS pointer. Fetch the weights with `git lfs pull`.")
@@ -152,21 +167,56 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             raise ModelError(
                 f"{path}: expected a header of {length} bytes, got a file of {size} bytes. The file is truncated; {AGAIN.lower()}"
             )
-        file.seek(LENGTH_BYTES)
-        raw = file.read(length)
+        file.seek(0)
+        raw = file.read(LENGTH_BYTES + length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{path}: expected a safetensors header, got one that does not parse. The file is corrupt; {AGAIN.lower()}"
-        ) from error
-    expected = LENGTH_BYTES + length + end
+        header = parse_json(raw[LENGTH_BYTES:])
+    except ValueError as error:
+        raise _corrupt(path, one_line(error)) from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, "no object")
+    wrong = next((name for name, entry in header.items() if not (_is_metadata(entry) if name == METADATA else _is_entry(entry))), None)
+    if wrong is not None:
+        raise _corrupt(path, f"no dtype, shape and data_offsets of whole numbers for {wrong[:80]!r}")
+    expected = len(raw) + max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
     if size != expected:
         what = "truncated" if size < expected else "corrupt"
         raise ModelError(f"{path}: expected {expected} bytes as its header says, got {size}. The file is {what}; {AGAIN.lower()}")
-    return dict(header)
+    return raw, header
+
+
+def _corrupt(path: Path, actual: str) -> ModelError:
+    return ModelError(
+        f"{path}: expected a safetensors header, got one that does not parse ({actual}). The file is corrupt; {AGAIN.lower()}"
+    )
+
+
+def _is_metadata(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
+
+
+def _is_entry(entry: Any) -> bool:
+    """A dtype, sizes and a range of bytes: what JSON lets stand there else are 1e999, true, negative numbers, texts."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < MOST_BYTES for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
+
+
+def weight_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the weight files, by its key. Raises: as `check_weight_files`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                shapes.update({name: tuple(entry["shape"]) for name, entry in safetensors_header(path).items()})
+            else:
+                shapes.update({name: tuple(tensor.shape) for name, tensor in load_pickle(path).items()})
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return shapes
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
@@ -186,17 +236,25 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     return FLOAT_DTYPES[most]
 
 
-def _check_safetensors(path: Path) -> None:
-    safetensors_header(path)
+def check_safetensors(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """`raw_header` of `path`, whatever it is called, which must be whole for the safetensors library too. Raises: as `raw_header`."""
+    found = raw_header(path)
     try:
         with safe_open(path, framework="pt") as file:  # overlapping offsets, shapes that do not fit, unknown types
             file.keys()
     except SafetensorError as error:
         raise ModelError(f"{path}: expected a safetensors file, got {one_line(error)}. The file is corrupt; {AGAIN.lower()}") from error
+    return found
 
 
-def _check_pickle(path: Path) -> None:
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch .bin file, mapped from the disk where its format allows it; nothing in it is executed.
+
+    Raises: ModelError: refused by torch's safe loading, damaged, not a flat dict of names and tensors, or a tensor that claims more than
+        the file holds. OSError: unreadable.
+    """
     advice = "Convert the model to safetensors, where you trust the file."
+    open_regular(path).close()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, for a file that is about to be refused
@@ -209,5 +267,23 @@ def _check_pickle(path: Path) -> None:
             f"{path}: expected pickled tensors that torch.load(weights_only=True) accepts, "
             f"got pickled code or a damaged file ({type(error).__name__}). {advice}"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path}: expected a state dict of tensors, got something else. {advice}")
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise ModelError(f"{path}: expected a state dict of tensors by name, got something else. {advice}")
+    for name, tensor in state.items():
+        problem = _tensor_problem(tensor)
+        if problem:
+            raise ModelError(f"{path}: expected dense tensors that the file holds, got {problem} in {name[:80]}. {advice}")
+    return state
+
+
+def _tensor_problem(tensor: Tensor) -> str:
+    """Why a pickled tensor is none to read; "" for an ordinary one."""
+    if tensor.layout != torch.strided:
+        return "a sparse tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_meta:
+        return "a tensor without data"
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:  # strides of 0 claim any size
+        return f"shape {tuple(tensor.shape)} on {tensor.untyped_storage().nbytes()} bytes"
+    return ""

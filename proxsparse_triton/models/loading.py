@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +10,8 @@ import torch
 from ..errors import BackendError, ConfigError, ModelError, ProxSparseError, ResourceError
 from ..progress import SILENT, Progress
 from .checkpoint import FLOAT_DTYPES, listed, one_line, read_json_object, stored_dtype
+from .declared import check_counts, skeleton
+from .quiet import quiet
 from .source import CONFIG, ModelSource, file_hashes, resolve_model
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def load_model(
     place = checked_device(device)
     dtype = checked_dtype(source, dtype)
     config = load_config(source, trust_remote_code=trust_remote_code)
+    skeleton(source, config, dtype=dtype, trust_remote_code=trust_remote_code)  # which looks at the sizes
 
     def load() -> tuple[PreTrainedModel, Mapping[str, Any]]:
         loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +87,7 @@ def load_whole(source: ModelSource, place: torch.device, load: Callable[[], tupl
     Raises: ModelError: `load` failed, or tensors are missing, unexpected or of another shape. ResourceError: out of memory.
     """
     try:
-        with _quiet():
+        with quiet():
             model, info = load()
         _check_keys(source, model, info)
         model = model.to(place)
@@ -125,14 +126,14 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False, prog
 
     advice = "Copy tokenizer.json and tokenizer_config.json of the model into its folder."
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(_untrusted(source, "a tokenizer")) from error
         raise ModelError(f"{source.spec}: expected a tokenizer, got {one_line(error)}. {advice}") from error
     try:
-        with _quiet():
+        with quiet():
             ids = list(tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"])
     except Exception as error:
         raise ModelError(f"{source.spec}: expected a tokenizer for any text, got {one_line(error)}. {advice}") from error
@@ -193,6 +194,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     raw = read_json_object(source.folder / CONFIG)
+    check_counts(source, raw)
     model_type, auto_map = raw.get("model_type"), raw.get("auto_map") or {}
     recognised = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     if not recognised and not (auto_map and trust_remote_code):
@@ -202,7 +204,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             f"{source.spec}: expected a model type that transformers knows, got {model_type!r}. Check config.json, or upgrade transformers."
         )
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"{source.spec}: expected a valid {CONFIG}, got {one_line(error)}. Correct it.") from error
@@ -262,19 +264,3 @@ def _own_ids(source: ModelSource) -> list[int] | None:
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers; both are as they were afterwards."""
-    from transformers.utils import logging as hf_logging
-
-    logger = hf_logging.get_logger("transformers")
-    level, bars = logger.level, hf_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    hf_logging._tqdm_active = False  # the public switch would also turn off huggingface_hub's bars
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        hf_logging._tqdm_active = bars

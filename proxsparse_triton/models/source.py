@@ -6,11 +6,13 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelError
+from ..files import MAX_SMALL, is_regular, open_regular
 from .checkpoint import (
     INDEX_SUFFIX,
     check_weight_files,
@@ -20,6 +22,7 @@ from .checkpoint import (
     one_line,
     read_json_object,
     shard_names,
+    unreadable,
     weight_entry,
 )
 
@@ -85,7 +88,7 @@ def file_hashes(source: ModelSource) -> dict[str, str]:
     """File name -> SHA-256 (hex) of config.json and of every weight file, for a run's record."""
     hashes = {}
     for path in (source.folder / CONFIG, *source.weight_files):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
@@ -119,6 +122,20 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: expected a whole model, got an adapter ({ADAPTER}). Merge it into its base model first.")
     if CONFIG not in present:
         raise ModelError(f"{folder}: expected {CONFIG}, got {listed(present)}. Give the folder of a Hugging Face model.")
+    for name in present:
+        _check_small(folder / name)
+
+
+def _check_small(path: Path) -> None:
+    """Raise ModelError for a file that the libraries below would read whole, if there is no end of it."""
+    if not any(fnmatch(path.name, pattern) for pattern in SMALL_FILES) or path.is_dir():
+        return
+    try:
+        open_regular(path, MAX_SMALL).close()
+    except FileNotFoundError:  # a link that leads nowhere; what needs the file says so
+        return
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
@@ -155,7 +172,7 @@ def _download(spec: str, revision: str | None) -> tuple[Path, str]:
         entry = weight_entry(config, _remote_names(spec, commit, folder, config))
         if entry is not None:
             names = shard_names(folder / entry) if entry.endswith(INDEX_SUFFIX) else [entry]
-            if not all((folder / name).is_file() for name in names):
+            if not all(is_regular(folder / name) for name in names):
                 snapshot_download(spec, revision=commit, allow_patterns=names, ignore_patterns=SUBFOLDERS)
     except ModelError:
         raise

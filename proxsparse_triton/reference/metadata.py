@@ -49,6 +49,23 @@ def split_words(metadata: Tensor, blocks: int) -> Tensor:
     return (metadata[..., None] >> shifts & 15).flatten(1)[:, :blocks]
 
 
+def descending(metadata: Tensor) -> tuple[int, int] | None:
+    """(row, block) of the first nibble, in int16 [rows, words] of linear order, whose positions do not ascend; None where all do.
+
+    Nibbles behind the end of a row are looked at too. A few operations on 16 blocks at once.
+    """
+    flat = metadata.flatten()
+    wide = flat.view(torch.int64) if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0 else flat
+    ones = 0x1111_1111_1111_1111 if wide.dtype == torch.int64 else 0x1111
+    low0, high0, low1, high1 = wide, wide >> 1, wide >> 2, wide >> 3  # the two bits of i0, and of i1, at the lowest of each nibble
+    ascend = (high1 & ~high0) | (low1 & ~low0 & ~(high0 ^ high1))
+    if bool((ascend & ones == ones).all()):
+        return None
+    nibbles = split_words(metadata, metadata.shape[-1] * WORD_BLOCKS)
+    row, block = ((nibbles & 3) >= (nibbles >> 2)).nonzero()[0].tolist()
+    return row, block
+
+
 def reorder(metadata: Tensor, order: str) -> Tensor:
     """Linear metadata [out, in_features / 16] in the order of a library: int16 [out * in_features / 16]. No sync.
 

@@ -32,7 +32,7 @@ class Panel:
     label: str  # of the y axis, with the unit
     lines: tuple[Line, ...]
     height: int = 150
-    low: float | None = None  # fixed ends of the axis; None: from the points
+    low: float | None = None  # ends of the axis, unless points lie beyond them; None: from the points
     high: float | None = None
     percent: bool = False  # values are shares
     level: tuple[str, float] | None = None  # a labelled horizontal line
@@ -88,7 +88,7 @@ Chart = Curves | Bars | HeatMap
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` multiples of 1, 2 or 5 times a power of ten that cover [low, high]; the first and last may lie outside."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):  # one value, but for rounding
+    if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-200):  # one value, but for rounding
         room = abs(low) * 0.1 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / max(1, count - 1)
@@ -114,8 +114,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 def panel_ticks(panel: Panel) -> list[float]:
     """Of its y axis; the first and the last are the axis' ends."""
     values = [y for line in panel.lines for _, y in line.points] + ([panel.level[1]] if panel.level else [])
-    low = min(values, default=0.0) if panel.low is None else panel.low
-    high = max(values, default=1.0) if panel.high is None else panel.high
+    low = min(values, default=0.0) if panel.low is None else min([panel.low, *values])
+    high = max(values, default=1.0) if panel.high is None else max([panel.high, *values])
     return nice_ticks(low, high, 5 if panel.height >= 100 else 2)
 
 
@@ -133,14 +133,15 @@ def x_range(chart: Curves) -> tuple[float, float]:
     if chart.log:
         room = (high / low) ** 0.04 if high > low else 2.0
         return low / room, high * room
-    return (low, high) if high > low else (low - 1, high + 1)
+    room = max(1.0, abs(low) / 10)
+    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low - room, high + room)
 
 
 def fraction(value: float, low: float, high: float, *, log: bool = False) -> float:
     """Where `value` lies between the ends of an axis, 0 to 1."""
     if log:
         value, low, high = math.log(value), math.log(low), math.log(high)
-    return (value - low) / (high - low)
+    return (value - low) / (high - low) if high > low else 0.5
 
 
 def bar_range(chart: Bars) -> tuple[float, float]:
@@ -149,12 +150,13 @@ def bar_range(chart: Bars) -> tuple[float, float]:
     if chart.log:
         low = chart.level[1] if chart.level else min(values)
         return low, max(*values, low * 1.1)
-    return 0.0, max(values)
+    low, high = min([0.0, *values]), max([0.0, *values])
+    return (low, high) if high > low else (low, low + 1.0)
 
 
 def bar_ticks(chart: Bars) -> list[float]:
     low, high = bar_range(chart)
-    return log_ticks(low, high) if chart.log else [tick for tick in nice_ticks(low, high, 6) if tick <= high]
+    return log_ticks(low, high) if chart.log else [tick for tick in nice_ticks(low, high, 6) if low <= tick <= high]
 
 
 def heat_range(chart: HeatMap) -> tuple[float, float]:

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from .charts import Bar, Bars, Curves, HeatMap, Line, Panel, running_mean, thinned
 from .grid import grid
 from .reading import Run
+from .steps import drawable
 from .text import figure, percent, plural
 
 LOSSES = {"ce": "loss: cross-entropy, nats per token", "kl": "loss: divergence from the dense model"}
 SMOOTHED_FROM = 20  # steps
+MOST_BARS, MOST_LINES = 100, 50  # of a chart
 OF_THE_RUN = ("calibration", "seqlen", "windows", "repair", "repair_steps")  # settings that all methods have
 LOG_FROM = 10  # a perplexity so many times the dense one would hide all the others
 
@@ -74,7 +76,10 @@ def commitment(run: Run, name: str) -> HeatMap | str:
     low, high = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     mean = sum(shares.values()) / len(shares)
     described = f"Least {percent(shares[low])} in {low}, most {percent(shares[high])} in {high}, mean of the layers {percent(mean)}."
-    return HeatMap(name, "Commitment: share of 2:4 blocks after the last step", described, "decoder block", "2:4 blocks", grid(shares))
+    cells = grid(shares)
+    if cells is None:
+        return f"commitment by layer: {len(shares):,} layers are more than can be shown."
+    return HeatMap(name, "Commitment: share of 2:4 blocks after the last step", described, "decoder block", "2:4 blocks", cells)
 
 
 def changes(run: Run, name: str) -> HeatMap | str:
@@ -83,6 +88,9 @@ def changes(run: Run, name: str) -> HeatMap | str:
     if not totals:
         return "mask changes by layer: no row of metrics.jsonl has mask_changes."
     high = max(totals, key=totals.__getitem__)
+    cells = grid(totals)
+    if cells is None:
+        return f"mask changes by layer: {len(totals):,} layers are more than can be shown."
     looks = plural(len(run.steps.changed), "look")
     return HeatMap(
         name,
@@ -90,7 +98,7 @@ def changes(run: Run, name: str) -> HeatMap | str:
         f"The sum over {looks} of the share of blocks whose mask changed since the last one. Most in {high}: {totals[high]:.2f}.",
         "decoder block",
         f"changes a block, of at most {len(run.steps.changed)}",
-        grid(totals),
+        cells,
         percent=False,
     )
 
@@ -126,7 +134,11 @@ def perplexities(runs: Sequence[Run], name: str) -> Bars | str:
     """One bar a run that may be compared with the others, the dense model as a line."""
     if len(runs) < 2:
         return "perplexities side by side: needs two runs on the same model and text."
-    dense = next((run.dense for run in runs if run.dense is not None), None)
+    if len(runs) > MOST_BARS:
+        return f"perplexities side by side: {len(runs):,} runs are more than can be shown."
+    if any(drawable(run.perplexity) is None for run in runs):
+        return "perplexities side by side: one of them is beyond what can be drawn."
+    dense = next((dense for run in runs if (dense := drawable(run.dense)) is not None), None)
     methods = _methods(runs)
     values = {run.label: run.perplexity for run in runs if run.perplexity is not None}
     bars = tuple(
@@ -154,6 +166,8 @@ def over_windows(runs: Sequence[Run], name: str) -> Curves | str:
     """Perplexity against the number of calibration windows: one line for each method and its settings."""
     lines = {key: points for key, points in _series(runs).items() if len({x for x, _ in points}) > 1}
     methods = _methods(runs)
+    if len(lines) > MOST_LINES:
+        return f"perplexity against calibration windows: {len(lines):,} lines are more than can be shown."
     if not lines:
         return "perplexity against calibration windows: needs two runs of one method with different --samples."
     drawn = []
@@ -162,7 +176,7 @@ def over_windows(runs: Sequence[Run], name: str) -> Curves | str:
         means = {x: _mean([y for other, y in points if other == x]) for x in sorted({x for x, _ in points})}
         drawn += [Line("", tuple(sorted(points)), color, "dots"), Line(label, tuple(means.items()), color)]
     samples = sorted({x for points in lines.values() for x, _ in points})
-    dense = next((run.dense for run in runs if run.dense is not None), None)
+    dense = next((dense for run in runs if (dense := drawable(run.dense)) is not None), None)
     described = [f"{label} from {figure(min(points)[1])} to {figure(max(points)[1])}" for label, points in lines.items()]
     return Curves(
         name,
@@ -171,7 +185,7 @@ def over_windows(runs: Sequence[Run], name: str) -> Curves | str:
         "calibration windows",
         (Panel("perplexity", tuple(drawn), height=240, level=None if dense is None else ("dense", dense)),),
         ticks=tuple(samples),
-        log=samples[-1] >= 8 * samples[0],
+        log=samples[-1] >= 8 * samples[0] > 0,
     )
 
 
@@ -179,7 +193,7 @@ def _series(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
     """Points (windows, perplexity) by method, settings that differ within it named."""
     groups: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run.samples and run.perplexity is not None:
+        if drawable(run.samples) and drawable(run.perplexity) is not None:
             groups[run.name][json.dumps(_settings(run), sort_keys=True)].append(run)
     series = {}
     for method, variants in groups.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 Parts = tuple[str, ...]
 ANY = "*"
+MOST_ROWS, MOST_COLUMNS = 400, 80
 BESIDE = "-"  # the row of layers that no number is part of
 
 
@@ -25,8 +26,11 @@ class Grid:
     cells: Mapping[tuple[int, int], Cell]  # (row, column); a layer that is not there has none
 
 
-def grid(values: Mapping[str, float]) -> Grid:
-    """Rows are the first number in the names that varies, columns what stands behind it, in the order of `values`."""
+def grid(values: Mapping[str, float]) -> Grid | None:
+    """Rows are the first number in the names that varies, columns what stands behind it, in the order of `values`.
+
+    None where they are more than can be shown.
+    """
     split = {name: tuple(name.removesuffix(".weight").split(".")) for name in values}
     numbers = defaultdict(set)
     for parts in split.values():
@@ -43,6 +47,8 @@ def grid(values: Mapping[str, float]) -> Grid:
         column = tuple(ANY if part.isdecimal() else part for part in rest)
         columns[column] = None
         placed.setdefault(row, {}).setdefault(column, []).append(name)
+    if len(placed) > MOST_ROWS or len(columns) > MOST_COLUMNS:
+        return None
     prefixes = list(dict.fromkeys(prefix for prefix, _ in placed))
     rows = sorted(placed, key=lambda row: (prefixes.index(row[0]), row[1]))
     cells = {
@@ -55,7 +61,7 @@ def grid(values: Mapping[str, float]) -> Grid:
 
 
 def _numbers(parts: Parts) -> list[int]:
-    return [place for place, part in enumerate(parts) if re.fullmatch(r"[0-9]+", part)]
+    return [place for place, part in enumerate(parts) if re.fullmatch(r"[0-9]{1,9}", part)]
 
 
 def _row_labels(rows: list[tuple[Parts, int]]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
+from ..files import open_regular
 from ..marks import HEAD_BYTES
 from ..marks import PAGE_MARK as MARKER
 from . import figures, png, sections
@@ -42,10 +44,11 @@ def write_report(folders: Sequence[Path], output: Path, *, pictures: bool = True
         that pst did not write.
     """
     check_page(output)
-    runs = read_runs(folders)
+    left_out: list[str] = []
+    runs = read_runs(folders, left_out)
     charts: list[Chart] = []
     text = page(runs, charts)
-    notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
+    notes = [*left_out, *(f"{run.label}: {note}" for run in runs for note in run.notes)]
     folder = pictures_folder(output, folders)
     if pictures and not png.installed():
         notes.append(f"No PNG pictures: matplotlib cannot be imported. Install it with pip install '{TOOL}[report]'.")
@@ -80,7 +83,7 @@ def check_page(output: Path) -> None:
             raise OutputError(f"report: expected the name of a page, got the folder {output}. Choose another name with -o.")
         if not output.exists():
             return
-        with output.open("rb") as file:
+        with open_regular(output) as file:
             head = file.read(HEAD_BYTES)
     if MARKER.encode() not in head:
         raise OutputError(f"report: expected a page that pst wrote, got the file {output}, which is kept. Choose another name with -o.")
@@ -152,9 +155,9 @@ def _several(runs: Sequence[Run], charts: list[Chart]) -> str:
 
 def _stems(runs: Sequence[Run]) -> dict[str, str]:
     """Label -> the start of its pictures' names, all different."""
-    slugs = [re.sub(r"[^a-z0-9]+", "-", run.label.lower()).strip("-")[-60:] for run in runs]
+    counts = Counter(slugs := [re.sub(r"[^a-z0-9]+", "-", run.label.lower()).strip("-")[-60:] for run in runs])
     return {
-        run.label: f"{slug}-" if slug and slugs.count(slug) == 1 else f"run-{index}-"
+        run.label: f"{slug}-" if slug and counts[slug] == 1 else f"run-{index}-"
         for index, (run, slug) in enumerate(zip(runs, slugs, strict=True), start=1)
     }
 

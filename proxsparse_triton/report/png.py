@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..files import open_regular
 from ..marks import HEAD_BYTES, PICTURE_MARK
 from .charts import (
     COLORS,
@@ -55,7 +56,7 @@ def check_folder(folder: Path, charts: Sequence[Chart]) -> None:
 
 def _own(path: Path) -> bool:
     """True for a picture that pst wrote, and for an empty file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
     return not head or PICTURE_MARK.encode() in head
 
@@ -63,16 +64,17 @@ def _own(path: Path) -> bool:
 def write(folder: Path, charts: Sequence[Chart]) -> tuple[Path, ...]:
     """One picture a chart; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    for chart in charts:
-        figure = _draw(chart)
-        figure.suptitle(chart.title, fontsize=10)
-        path = _path(folder, chart)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": PICTURE_MARK})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with importlib.import_module("matplotlib").rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        for chart in charts:
+            figure = _draw(chart)
+            figure.suptitle(chart.title, fontsize=10)
+            path = _path(folder, chart)
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": PICTURE_MARK})
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
     return tuple(_path(folder, chart) for chart in charts)
 
 

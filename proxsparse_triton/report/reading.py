@@ -6,36 +6,24 @@ Keys may be missing: folders of earlier versions, and of runs that failed, are r
 from __future__ import annotations
 
 import json
-import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..files import MAX_JSON, is_regular, parse_json, read_regular
 from ..models.share import Share, read_share
+from .steps import Steps, number, printable, read_steps
 
 TOOL = "proxsparse-triton"
 MANIFEST, METRICS, MASKS = "manifest.json", "metrics.jsonl", "masks.safetensors"
 UNFINISHED = ".partial"
 WITHOUT_TEXT = frozenset({"magnitude"})  # in a comparison their manifests name the text of the others
 ADVICE = "Name the folder that -o of `pst prune` or `pst compare` named."
-
-Points = list[tuple[float, float]]
-
-
-@dataclass
-class Steps:
-    """metrics.jsonl: figures over steps, each without the rows that do not have it, and the layers after the last step."""
-
-    rows: int = 0
-    loss: Points = field(default_factory=list)
-    share: Points = field(default_factory=list)  # of 2:4 blocks, 0 to 1
-    lr: Points = field(default_factory=list)
-    changed: Points = field(default_factory=list)  # share of blocks whose mask changed since the last such row, mean over layers
-    layers: dict[str, float] = field(default_factory=dict)  # parameter name -> share of 2:4 blocks
-    changes: dict[str, float] = field(default_factory=dict)  # parameter name -> sum of its shares of changed blocks
-    warnings: dict[str, list[int]] = field(default_factory=dict)  # text -> the steps that said it
+MOST_RUNS = 1000  # of a page
 
 
 @dataclass(frozen=True)
@@ -124,30 +112,31 @@ class Run:
         return value if isinstance(value, Mapping) else {}
 
 
-def number(value: object) -> float | None:
-    """A finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def numbers(value: object) -> dict[str, float]:
-    """The finite numbers of an object, by name; empty for anything else."""
-    if not isinstance(value, Mapping):
-        return {}
-    return {str(name): found for name, item in value.items() if (found := number(item)) is not None}
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path], left_out: list[str] | None = None) -> list[Run]:
     """The runs of all folders in order, those of a comparison one after the other; a folder named twice is read once.
 
-    Raises: ModelError: no folder at all, or one that pst did not write.
+    Args:
+        left_out: gets a line for each folder that is damaged, or of another kind, as long as another one can be shown.
+    Raises: ModelError: no folder at all, one that is not there, or none that pst wrote and that can be read.
     """
     if not folders:
         raise ModelError(f"report: expected at least one run folder, got none. {ADVICE}")
-    found = [run for folder in dict.fromkeys(map(_resolved, folders)) for run in _read(folder)]
-    unique = {run.folder: run for run in found}
-    return _labelled(list(unique.values()))
+    unique: dict[Path, Run] = {}
+    problems: list[ModelError] = []
+    for folder in dict.fromkeys(map(_resolved, folders)):
+        try:
+            unique.update({run.folder: run for run in _read(folder)})
+        except ModelError as error:
+            if left_out is None or not os.path.isdir(folder):
+                raise
+            problems.append(error)
+    if problems and not unique:
+        raise problems[0]
+    runs = list(unique.values())
+    if left_out is not None:
+        left_out += [f"Left out: {problem}" for problem in problems]
+        left_out += [f"Only the first {MOST_RUNS:,} of {len(runs):,} runs are shown."] if len(runs) > MOST_RUNS else []
+    return _labelled(runs[:MOST_RUNS])
 
 
 def _resolved(folder: Path) -> Path:
@@ -163,10 +152,10 @@ def _not_a_run(folder: Path, problem: str, advice: str = ADVICE) -> ModelError:
 
 def _read(folder: Path) -> Iterator[Run]:
     """The runs of one folder."""
-    if not folder.is_dir():
-        raise _not_a_run(folder, "which is a file" if folder.exists() else "which does not exist")
-    if not (folder / MANIFEST).exists():
-        if not (folder / METRICS).exists():
+    if not os.path.isdir(folder):
+        raise _not_a_run(folder, "which is a file" if os.path.exists(folder) else "which does not exist")
+    if not os.path.lexists(folder / MANIFEST):
+        if not os.path.lexists(folder / METRICS):
             raise _not_a_run(folder, f"which has neither {MANIFEST} nor {METRICS}")
         note = f"This run did not finish: it has no {MANIFEST}, only the steps that were taken."
         yield _run(folder, folder.name, {}, "", (note,))
@@ -186,9 +175,9 @@ def _read(folder: Path) -> Iterator[Run]:
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_regular(folder / MANIFEST, MAX_JSON).decode()
+        manifest = printable(parse_json(text))
+    except (OSError, ValueError) as error:
         raise _not_a_run(folder, f"whose {MANIFEST} cannot be read ({error})", "Copy the folder again, or run again.") from error
     if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
         tool = manifest.get("tool") if isinstance(manifest, dict) else None
@@ -201,17 +190,29 @@ def _comparison(folder: Path, name: str, manifest: Mapping[str, Any]) -> Iterato
         if not isinstance(entry, Mapping):
             continue
         sub = str(entry.get("folder", entry.get("method", "")))
-        inside = folder / Path(sub).name  # never outside of the comparison
+        inside = folder / sub if _is_name(sub) and not (folder / sub).is_symlink() else None
         agreement = number(entry.get("magnitude_agreement"))
-        if (inside / MANIFEST).exists():
-            own, text = _manifest(inside)
-            yield replace(_run(inside, name, own, text), magnitude_agreement=agreement)
-        else:
-            dense = manifest.get("perplexity")
-            figures = {"dense": dense.get("dense") if isinstance(dense, Mapping) else None, "pruned": entry.get("perplexity")}
-            known = {**entry, "method": {**entry, "name": entry.get("method")}, "perplexity": figures}
-            note = f"The folder {sub} is missing; these are the figures of the comparison's {MANIFEST}."
-            yield replace(_run(inside, name, known, json.dumps(entry, indent=2), (note,)), magnitude_agreement=agreement)
+        problem = f"The folder {sub[:200]} is missing"
+        if inside is not None and os.path.lexists(inside / MANIFEST):
+            try:
+                own, text = _manifest(inside)
+            except ModelError as error:
+                problem = f"The {MANIFEST} of {sub} cannot be read ({' '.join(str(error).split())})"
+            else:
+                yield replace(_run(inside, name, own, text), magnitude_agreement=agreement)
+                continue
+        dense = manifest.get("perplexity")
+        figures = {"dense": dense.get("dense") if isinstance(dense, Mapping) else None, "pruned": entry.get("perplexity")}
+        known = {**entry, "method": {**entry, "name": entry.get("method")}, "perplexity": figures}
+        note = f"{problem}; these are the figures of the comparison's {MANIFEST}."
+        # Under a name that no folder has, so that nothing is read, and several such entries stay apart.
+        run = Run(inside or folder / f"{sub[:200]}?", name, known, json.dumps(entry, indent=2), Steps(), None, None, notes=(note,))
+        yield replace(run, magnitude_agreement=agreement)
+
+
+def _is_name(sub: str) -> bool:
+    """True for the name of a direct sub-folder: never outside of the comparison, and never the comparison itself."""
+    return Path(sub).name == sub and sub not in ("", "..") and "\0" not in sub and len(sub.encode()) < 256
 
 
 def _run(folder: Path, group: str, manifest: Mapping[str, Any], text: str, notes: tuple[str, ...] = ()) -> Run:
@@ -224,59 +225,10 @@ def _run(folder: Path, group: str, manifest: Mapping[str, Any], text: str, notes
         manifest=manifest,
         text=text,
         steps=steps,
-        weights_bytes=sum(path.stat().st_size for path in weights) or None,
-        masks_bytes=masks.stat().st_size if masks.exists() else None,
+        weights_bytes=sum(path.stat().st_size for path in weights if is_regular(path)) or None,
+        masks_bytes=masks.stat().st_size if is_regular(masks) else None,
         notes=(*notes, *problems),
     )
-
-
-def read_steps(path: Path) -> tuple[Steps, list[str]]:
-    """metrics.jsonl, and what could not be read of it. A missing file has no steps."""
-    steps, broken, last = Steps(), [], 0
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for last, line in enumerate(file, start=1):
-                row = _row(line)
-                if row is not None:
-                    if row.get("phase") != "repair":  # steps of their own, after those of the mask
-                        _add(steps, row)
-                elif line.strip():
-                    broken.append(last)
-    except FileNotFoundError:
-        return steps, []
-    except OSError as error:
-        return steps, [f"{path.name} cannot be read: {error.strerror}."]
-    if broken == [last] and last:
-        return steps, [f"The last line of {path.name} is half-written and was ignored."]
-    lines = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
-    return steps, [f"{len(broken)} lines of {path.name} are no JSON objects and were ignored: {lines}."] if broken else []
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _add(steps: Steps, row: Mapping[str, Any]) -> None:
-    steps.rows += 1
-    given = number(row.get("step"))
-    step = float(steps.rows) if given is None else given
-    for points, key in ((steps.loss, "loss"), (steps.share, "share_24"), (steps.lr, "lr")):
-        value = number(row.get(key))
-        if value is not None:
-            points.append((step, value))
-    steps.layers = numbers(row.get("layers")) or steps.layers
-    changes = numbers(row.get("mask_changes"))
-    if changes:
-        steps.changed.append((step, sum(changes.values()) / len(changes)))
-        for name, share in changes.items():
-            steps.changes[name] = steps.changes.get(name, 0.0) + share
-    warnings = row.get("warnings")
-    for warning in warnings if isinstance(warnings, list) else []:
-        steps.warnings.setdefault(str(warning), []).append(int(step))
 
 
 def _labelled(runs: list[Run]) -> list[Run]:
@@ -286,9 +238,9 @@ def _labelled(runs: list[Run]) -> list[Run]:
         windows = "" if run.samples is None else f", {run.samples:,} windows"
         return run.name, f"{run.name}{windows}", f"{run.name} ({run.group})", f"{run.name} ({run.folder})"
 
+    levels = [Counter(column) for column in zip(*map(labels, runs), strict=True)]
     chosen = []
     for run in runs:
         own = labels(run)
-        alone = [sum(labels(other)[level] == own[level] for other in runs) == 1 for level in range(len(own))]
-        chosen.append(own[alone.index(True)])
+        chosen.append(next((label for label, counts in zip(own, levels, strict=True) if counts[label] == 1), own[-1]))
     return [replace(run, label=label) for run, label in zip(runs, chosen, strict=True)]

@@ -8,7 +8,8 @@ from html import escape
 from . import svg
 from .charts import Chart
 from .figures import text_of
-from .reading import Run, number, numbers
+from .reading import Run
+from .steps import number, numbers
 from .text import duration, figure, increase, percent, plural, setting, size
 
 HEADLINE = ("recipe", "loss", "forward", "prox_scale", "steps", "lambda1", "lambda2", "lr", "dampening", "mask_only")

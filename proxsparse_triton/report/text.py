@@ -9,6 +9,8 @@ def figure(value: float | None) -> str:
     """A perplexity: three decimals, none from a thousand on."""
     if value is None:
         return "not measured"
+    if abs(value) >= 1e15:
+        return f"{value:.3e}"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -16,6 +18,8 @@ def percent(share: float | None) -> str:
     """0.9876 -> 98.8 %; never rounded up to all or down to nothing."""
     if share is None:
         return "-"
+    if abs(share) > 1e6:  # no share
+        return f"{share:.1e}"
     shown = f"{100 * share:.1f}"
     if shown == "100.0" and share < 1:
         return "> 99.9 %"
@@ -27,6 +31,8 @@ def percent(share: float | None) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    if abs(seconds) > 1e12:  # no time that anybody waited for
+        return f"{seconds:.1e} s"
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -38,6 +44,8 @@ def duration(seconds: float | None) -> str:
 def size(count: float | None) -> str:
     if count is None:
         return "-"
+    if abs(count) > 1e18:
+        return f"{count:.1e} bytes"
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -302,10 +302,12 @@ def test_config_and_small_files(tmp_path: Path, masks: dict[str, Tensor]) -> Non
 
 
 def test_links_of_a_download_cache_are_followed(tmp_path: Path, masks: dict[str, Tensor]) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(ASSET, repository / "blobs")
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
     for path in ASSET.iterdir():
-        (snapshot / path.name).symlink_to(path)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     prune(snapshot, tmp_path / "out", masks)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == (ASSET / "model.safetensors").stat().st_size

@@ -351,7 +351,7 @@ class TestReadingRefuses:
     def test_positions_that_do_not_ascend(self, copy: Path) -> None:
         edit_shard(copy, lambda state: state[f"{LAYER}.metadata"][2, 3].fill_(0))
         packed = read_packed(copy)
-        with pytest.raises(ModelError, match=rf"well-formed metadata in {LAYER}, got: .* block \(2, 12\)"):
+        with pytest.raises(ModelError, match=rf"well-formed metadata in {LAYER}, got positions .* block \(2, 12\)"):
             packed.tensor(f"{LAYER}.weight")
 
 

@@ -95,12 +95,12 @@ class TestBin:
         for content in (None, b"", b"garbage", path.read_bytes()[:50]):
             if content is not None:
                 path.write_bytes(content)
-            with pytest.raises(ModelError, match="weights that load safely") as caught:
+            with pytest.raises(ModelError, match=r"weights_only=True|such file") as caught:
                 load_bin(path)
             assert "\n" not in str(caught.value)
         for state in ([torch.ones(1)], {"model": {"a": torch.ones(1)}}):
             torch.save(state, path)
-            with pytest.raises(ModelError, match="dict of tensors"):
+            with pytest.raises(ModelError, match="state dict of tensors"):
                 load_bin(path)
 
 

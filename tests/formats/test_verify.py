@@ -12,7 +12,7 @@ from proxsparse_triton.errors import ModelError
 from proxsparse_triton.formats.dense import write_pruned_model
 from proxsparse_triton.formats.manifest import write_manifest
 from proxsparse_triton.formats.masks import save_masks
-from proxsparse_triton.formats.records import changed_weights, file_records
+from proxsparse_triton.formats.records import changed_files, file_records
 from proxsparse_triton.formats.shards import model_files
 from proxsparse_triton.formats.verify import LayerReport, verify_folder
 
@@ -261,7 +261,7 @@ def test_a_run_whose_weights_were_changed_is_known_by_its_hashes(run: Path) -> N
     assert problem in verify_folder(run).problems
     (run / "masks.safetensors").write_bytes(b"")
     manifest = json.loads((run / "manifest.json").read_text())
-    assert changed_weights(run, manifest) == ["masks.safetensors" + problem.removeprefix("model.safetensors"), problem]
+    assert changed_files(run, manifest) == ["masks.safetensors" + problem.removeprefix("model.safetensors"), problem]
     (run / "masks.safetensors").unlink()
-    assert changed_weights(run, manifest)[0] == "masks.safetensors: is missing, manifest.json lists it"
-    assert changed_weights(run, {}) == []
+    assert changed_files(run, manifest)[0] == "masks.safetensors: is missing, manifest.json lists it"
+    assert changed_files(run, {}) == []

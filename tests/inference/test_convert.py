@@ -140,16 +140,16 @@ def test_dense_layers_are_left_and_said_once(pruned: nn.Module) -> None:
     up.weight.data[3, 8:12] = torch.tensor([1.0, 1.0, 0.0, 1.0])
     pruned.model.layers[2].mlp.up_proj.weight.data[:] = 1
     pruned.model.layers[3].mlp.down_proj.register_forward_hook(lambda *arguments: None)
-    pruned.model.layers[0].mlp.down_proj.__class__ = type("Special", (nn.Linear,), {})
+    repeats = {"forward": lambda self, x: x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias}
+    pruned.model.layers[0].mlp.down_proj.__class__ = type("Repeats", (nn.Linear,), repeats)
     pruned.model.layers[2].self_attn.o_proj.double()
     with pytest.warns(UserWarning, match="sparsify_model") as caught:
         sparsify_model(pruned)
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert message.startswith("sparsify_model: 5 of 28 layers stay dense: ")
+    assert message.startswith("sparsify_model: 4 of 28 layers stay dense: ")
     assert "2 not 2:4 (model.layers.1.mlp.up_proj: not 2:4, 3 non-zeros in block (3, 2))" in message
     assert "1 with hooks, which would be lost (model.layers.3.mlp.down_proj" in message
-    assert "1 of a class of its own (model.layers.0.mlp.down_proj: of a class of its own, Special)" in message
     assert "torch.float64" in message
     assert caught[0].filename == __file__
     assert pruned.model.layers[1].mlp.up_proj is up

@@ -208,7 +208,7 @@ def test_other_kinds_of_models(copy: Path, config: transformers.PreTrainedConfig
         ({"model_type": None}, "expected a model type that transformers knows, got None"),
         ({"model_type": ["llama"]}, "expected a model type that transformers knows, got ['llama']"),
         ({"hidden_size": "wide"}, "expected a valid config.json"),
-        ({"hidden_act": "no-such-activation"}, "expected a model that transformers can load"),
+        ({"hidden_act": "no-such-activation"}, "expected a model that transformers can build"),
         ({"num_hidden_layers": 5}, "got 9 missing"),
     ],
     ids=str,

@@ -11,7 +11,8 @@ import pytest
 from run_folders import DENSE, NAMES, manifest, rows, write_comparison, write_run
 
 from proxsparse_triton.errors import ModelError
-from proxsparse_triton.report.reading import read_runs, read_steps
+from proxsparse_triton.report.reading import read_runs
+from proxsparse_triton.report.steps import read_steps
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
