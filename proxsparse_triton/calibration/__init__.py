@@ -1,4 +1,5 @@
-"""Text in, token windows out: `files` and `hub` read text, `sources` names it, `windows` tokenises, cuts and draws it.
+"""Text in, token windows out: `files`, `folders` and `hub` read text, `sources` names it, `tokens`, `pool` and `windows` tokenise,
+cut and draw it.
 
 Nothing is re-exported: importing this package costs nothing, `sources` no torch.
 """

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Mode = Literal["packed", "documents"]
 PAPERS = "joined by blank lines and cut into windows, as in the pruning papers"
 PAPERS_BUT_BOS = (
-    "joined by blank lines and cut into windows as in the pruning papers, but with a BOS in front of every window, as the tokenizer puts "
-    "one before a text; the papers have it before the first alone (--bos never)"
+    "joined by blank lines and cut into windows as in the pruning papers, but with a BOS in front of every window; "
+    "the papers have at most one, before the first (--bos never)"
 )
 POOL_FACTOR = 5  # windows read for each one drawn: a draw over a longer stretch of text than the first few documents
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..calibration.sources import STREAM_WINDOWS
 from ..progress import Progress
+from .eval_table import print_report
 from .options import BOS_OPTION
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Notes(Progress):
 @click.option("--dense", metavar="MODEL", help="Measure this model too and show the recovery. Default: the original of a run of ours.")
 @click.option("--no-dense", is_flag=True, help="Do not measure the original.")
 @click.option("--seqlen", type=click.IntRange(min=2), help=f"Tokens of a window. Default: the model's limit, at most {DEFAULT_SEQLEN}.")
-@click.option("--windows", type=click.IntRange(min=1), help=f"Number of windows. Default: all; {STREAM_WINDOWS} of c4 and Hub datasets.")
+@click.option("--windows", type=click.IntRange(min=1), help="Number of windows. Default: all; 256 of c4 and Hub datasets.")
 @BOS_OPTION
 @click.option("--text-field", metavar="NAME", help="Field of your own or a Hub dataset's rows with the text. Default: text, else messages.")
 @click.option("--split", metavar="NAME", help="Split of a Hub dataset. Default: train.")
@@ -138,7 +138,7 @@ def evaluate(**options: Any) -> None:
     if settings.as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        _print(report, "" if share is None else f"Pruned to 2:4 is {share}.")
+        print_report(report, "" if share is None else f"Pruned to 2:4 is {share}.")
         if share is not None and share.warning:
             click.echo(share.warning)
 
@@ -330,69 +330,3 @@ def _score_report(score: TaskScore) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """JSON has no infinity and no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _print(report: Mapping[str, Any], share: str = "") -> None:
-    """The report as one table on stdout. share: a sentence on what is 2:4, empty where nothing is known."""
-    from .console import print_table
-
-    compared = report["dense"] is not None
-    rows = [_perplexity_row(entry) for entry in report["perplexity"]]
-    tasks = report["tasks"]
-    if tasks is not None:
-        rows += [row for entry in tasks["scores"] for row in _task_rows(entry)]
-        if tasks["mean"] is not None and len(tasks["scores"]) > 1:
-            name = f"mean of {len(tasks['scores'])} tasks, acc"
-            rows.append((name, _number(tasks.get("dense_mean"), 4), _number(tasks["mean"], 4), _per_cent(tasks.get("recovery"))))
-    remarks = [share] if share else []
-    if report["perplexity"]:
-        remarks.append("Perplexity: lower is better.")
-    remarks += [f"{entry['corpus']}: {entry['protocol']}." for entry in report["perplexity"] if entry["protocol"]]
-    if tasks is not None:
-        some = f"the first {tasks['limit']} documents of each" if tasks["limit"] else "all documents"
-        remarks.append(f"Tasks: lm-eval, {tasks['num_fewshot']}-shot, {some}.")
-    if compared:
-        remarks.append("Recovery: 100 % is as good as dense (perplexity: dense / pruned, accuracy: pruned / dense).")
-    title = f"{report['model']} ({report['dtype']}, {report['device']})" + (f" against {report['dense']}" if compared else "")
-    columns = ("measure", "dense", "pruned", "recovery") if compared else ("measure", "value")
-    shown = rows if compared else [(name, value) for name, _, value, _ in rows]
-    print_table(title, columns, shown, note=" ".join(remarks))
-
-
-def _perplexity_row(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    in_front = ", each behind a BOS" if entry["bos"] else ""
-    name = f"perplexity, {entry['corpus']}, {entry['windows']} windows of {entry['seqlen']}{in_front}"
-    return name, _number(entry.get("dense"), 3), _number(entry["perplexity"], 3), _per_cent(entry.get("recovery"))
-
-
-def _task_rows(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """One row for the metric that stands for the task, and one for acc_norm where the task has it."""
-    from ..evaluation.harness import percent
-
-    def shown(side: Mapping[str, Any] | None, metric: str) -> str:
-        if side is None:
-            return ""
-        error = side["stderr"].get(metric)
-        return _number(side["metrics"][metric], 4) + ("" if error is None else f" ± {error:.4f}")
-
-    dense = entry.get("dense")
-    rows = [
-        (
-            f"{entry['task']}, {entry['metric']}",
-            shown(dense, entry["metric"]),
-            shown(entry, entry["metric"]),
-            _per_cent(entry.get("recovery")),
-        )
-    ]
-    if "acc_norm" in entry["metrics"] and entry["metric"] != "acc_norm":
-        kept = None if dense is None else percent(dense["metrics"]["acc_norm"], entry["metrics"]["acc_norm"])
-        rows.append((f"{entry['task']}, acc_norm", shown(dense, "acc_norm"), shown(entry, "acc_norm"), _per_cent(kept)))
-    return rows
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "not finite" if value is None else f"{value:.{digits}f}"
-
-
-def _per_cent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} %"

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxsparse_triton.cli import main
-from proxsparse_triton.commands import eval as module
+from proxsparse_triton.commands import eval_table
+from proxsparse_triton.evaluation import text as text_module
 from proxsparse_triton.export import export_run
 from proxsparse_triton.formats.manifest import write_manifest
 
@@ -137,7 +138,7 @@ def test_dense_and_damaged_in_one_table(damaged: Path, capsys: pytest.CaptureFix
     assert report["tasks"]["recovery"] == task["recovery"]
     assert (report["tasks"]["num_fewshot"], report["tasks"]["limit"], task["samples"]) == (0, None, 24)
 
-    module._print(report)
+    eval_table.print_report(report)
     table = capsys.readouterr().out
     assert "as good as dense (perplexity: dense / pruned, accuracy: pruned / dense)" in " ".join(table.split())
     for words in (
@@ -174,7 +175,7 @@ def test_mean_of_several_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 
     scores = [{"task": name, "metric": "acc", "samples": 9, **side(0.5), "dense": side(0.8), "recovery": 62.5} for name in "ab"]
     tasks = {"num_fewshot": 0, "limit": None, "scores": scores, "mean": 0.5, "dense_mean": 0.8, "recovery": 62.5}
-    module._print({"model": "m", "dense": "d", "device": "cpu", "dtype": "float32", "perplexity": [], "tasks": tasks})
+    eval_table.print_report({"model": "m", "dense": "d", "device": "cpu", "dtype": "float32", "perplexity": [], "tasks": tasks})
     assert "mean of 2 tasks, acc   0.8000   0.5000     62.5 %" in capsys.readouterr().out
 
 
@@ -234,15 +235,15 @@ def test_default_length_is_the_models_limit(tmp_path: Path) -> None:
 )
 def test_which_text_is_read(spec: str, split: str, count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr("proxsparse_triton.calibration.sources.open_source", lambda spec, split: seen.append((spec, split)))
+    monkeypatch.setattr(text_module, "open_source", lambda spec, split, **options: seen.append((spec, split)))
 
-    def evaluation_windows(source: Any, tokenizer: Any, *, windows: int | None, seqlen: int, progress: Any) -> tuple[str, frozenset[str]]:
+    def evaluation_windows(source: Any, tokenizer: Any, *, windows: int | None, **options: Any) -> tuple[str, frozenset[str]]:
         seen.append(windows)
         return "windows", frozenset()
 
-    monkeypatch.setattr("proxsparse_triton.calibration.windows.evaluation_windows", evaluation_windows)
-    module._windows(spec, None, 512, None, module._Notes())
-    module._windows(spec, None, 512, 7, module._Notes())
+    monkeypatch.setattr(text_module, "evaluation_windows", evaluation_windows)
+    text_module.windows_to_measure(spec, tokenizer=None, windows=None, seqlen=512)  # type: ignore[arg-type]
+    text_module.windows_to_measure(spec, tokenizer=None, windows=7, seqlen=512)  # type: ignore[arg-type]
     assert seen == [(spec, split), count, (spec, split), 7]
 
 
