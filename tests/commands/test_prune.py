@@ -74,6 +74,7 @@ def test_json_for_machines(text: str, tmp_path: Path) -> None:
         "repair": None,
         "output": str(tmp_path / "run"),
         "perplexity": manifest["perplexity"],
+        "evaluation": manifest["evaluation"],
         "seconds": manifest["seconds"],
         "peak_memory_bytes": manifest["peak_memory_bytes"],
         "layers": 28,

@@ -19,7 +19,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxsparse_triton.errors import BackendError, ConfigError, DataError, ModelError, ResourceError
-from proxsparse_triton.evaluation.harness import PAPER_TASKS, TaskResults, TaskScore, TaskSuite, load_tasks, percent, recovery, run_tasks
+from proxsparse_triton.evaluation.harness import (
+    PAPER_TASKS,
+    TaskResults,
+    TaskScore,
+    TaskSuite,
+    _check_ids,
+    load_tasks,
+    percent,
+    recovery,
+    run_tasks,
+)
 
 # Without the extras there is nothing to test here.
 datasets = pytest.importorskip("datasets")
@@ -345,3 +355,11 @@ def test_recovery_of_nothing() -> None:
 def test_recovery_of_different_tasks() -> None:
     with pytest.raises(ConfigError, match="expected the same tasks twice, got a and b"):
         recovery(results(score("a", 0.5)), results(score("b", 0.5)))
+
+
+@pytest.mark.parametrize("ids", [[1, 8], [[1], [2, 8]]])
+def test_token_ids_beyond_the_embedding_are_refused(ids: list[Any]) -> None:
+    _check_ids(ids, 9)
+    _check_ids(ids, None)
+    with pytest.raises(DataError, match=r"run_tasks: expected token ids below 8, the rows of the model's embedding, got 8 in the text"):
+        _check_ids(ids, 8)

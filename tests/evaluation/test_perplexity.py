@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxsparse_triton.errors import ConfigError, DataError, ModelError, ResourceError
 from proxsparse_triton.evaluation import perplexity as module
-from proxsparse_triton.evaluation.perplexity import perplexity
+from proxsparse_triton.evaluation.perplexity import finite, perplexity
 from proxsparse_triton.progress import Progress, Task
 
 ASSET = Path(__file__).parents[2] / "proxsparse_triton" / "assets" / "pylm-2m"
@@ -254,3 +254,7 @@ def test_other_errors_of_the_model_pass() -> None:
 @pytest.mark.gpu
 def test_same_on_the_gpu(model: Any, windows: list[Tensor]) -> None:
     assert perplexity(load().cuda(), windows[:16], batch_size=4) == pytest.approx(perplexity(model, windows[:16]), rel=1e-3)
+
+
+def test_a_record_has_null_for_what_json_cannot_hold() -> None:
+    assert [finite(value) for value in (None, 3.5, float("inf"), float("nan"))] == [None, 3.5, None, None]
