@@ -158,12 +158,12 @@ def _litter() -> None:
             self.itself = self
 
         def __del__(self) -> None:
-            until = time.perf_counter() + 0.002
+            until = time.perf_counter() + 0.0002
             while time.perf_counter() < until:
                 pass
 
-    gc.set_threshold(100, 2, 2)
-    gc.callbacks.append(lambda phase, info: [Slow() for _ in range(3)] if phase == "stop" else None)
+    gc.set_threshold(1000, 5, 5)
+    gc.callbacks.append(lambda phase, info: [Slow() for _ in range(2)] if phase == "stop" else None)
 
 
 if __name__ == "__main__":
