@@ -288,6 +288,9 @@ def test_repair_is_planned_with_the_settings_of_the_run(tmp_path: Path) -> None:
     many = plan_run(run(tmp_path, samples=40_000, settings=settings, repair="least-squares")).plan
     assert many.items["hidden states"] == 40_000 * 512 * 4 * 192
     assert many.peak > without.peak
+    narrow = plan_run(run(tmp_path, samples=40_000, settings=settings, repair="least-squares", gpu_memory=without.peak / 0.9e9)).plan
+    assert narrow.items.get("hidden states", 0) <= 2 * 512 * 4 * 192  # the others wait in host memory
+    assert narrow.peak < many.peak
 
 
 @pytest.mark.parametrize(

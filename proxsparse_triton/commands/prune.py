@@ -105,8 +105,7 @@ def _verdict(run: RunPlan) -> str:
     if run.fits:
         return f"fits into {size(run.memory)}"
     if run.changed is None:
-        lower = "--samples or --seqlen" if "hidden states" in run.plan.items else "--seqlen"  # least squares holds those of all windows
-        return f"does not fit into {size(run.memory)}, whatever the precision: lower {lower}, or take a larger GPU"
+        return f"does not fit into {size(run.memory)}, whatever the precision: lower --seqlen, or take a larger GPU"
     return f"does not fit into {size(run.memory)}; with {' '.join(run.change)} it would, at {size(run.changed.peak)}"
 
 
