@@ -43,6 +43,8 @@ def read_as(model: nn.Module, readers: Mapping[nn.Parameter, Reader]) -> Iterato
         yield
     finally:
         for module, kind in classes:
+            for name in _attributes(type(module)):  # a class outlives its last object until garbage is collected: it must not hold readers
+                delattr(type(module), name)
             module.__class__ = kind
         for handle in handles:
             handle.remove()
@@ -94,6 +96,10 @@ def _enter(running: list[nn.Module], module: nn.Module, args: Any) -> None:
 def _leave(running: list[nn.Module], module: nn.Module, args: Any, out: Any) -> None:
     if running and running[-1] is module:  # else an earlier hook failed, and the forward pass never began
         running.pop()
+
+
+def _attributes(kind: type[nn.Module]) -> list[str]:
+    return [name for name, value in vars(kind).items() if isinstance(value, property)]
 
 
 def _attribute(name: str, reader: Reader, running: list[nn.Module]) -> property:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -103,6 +105,21 @@ def test_classes_and_hooks_are_given_back() -> None:
         raise ZeroDivisionError
     assert all(type(module) in (Model, Mixer, nn.Linear) for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_nothing_is_held_afterwards() -> None:
+    """What readers hold, pretrained weights among them, goes with the last reference, not with the next collection of garbage."""
+    model, tensor = Model(), torch.zeros(4, 4)
+    gone = weakref.ref(tensor)
+    gc.collect()
+    gc.disable()
+    try:
+        with read_as(model, dict.fromkeys(model.parameters(), lambda p, tensor=tensor: p + tensor)):
+            model(TOKENS)
+        del tensor
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_reader_that_fails_is_heard() -> None:
