@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ProxSparseError
+from .arrow import unpacked_sizes
 from .documents import DOCUMENT_BYTES
 from .files import check_expansion, first_line, lines_of, opened, require
 from .rows import TOO_LONG, RowText
@@ -64,13 +65,23 @@ def arrow_rows(path: Path, rows: RowText) -> Iterator[str]:
     with opened(path) as stream:
         is_file = stream.read(len(ARROW_FILE)) == ARROW_FILE
     with pa.memory_map(str(path)) as raw:
+        for unpacked in unpacked_sizes(raw, is_file=is_file):
+            check_expansion(path, unpacked, path.stat().st_size)
+        raw.seek(0)
         if is_file:
             reader = pa.ipc.open_file(raw)
             batches: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             batches = reader = pa.ipc.open_stream(raw)
         rows.fields(reader.schema.names, str(path))
-        yield from _batches(path, rows, batches)
+        yield from _batches(path, rows, _validated(batches))
+
+
+def _validated(batches: Iterator[Any]) -> Iterator[Any]:
+    """pyarrow believes the offsets in a file, and reads outside of the memory where they are wrong."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def _batches(path: Path, rows: RowText, batches: Iterator[Any]) -> Iterator[str]:
