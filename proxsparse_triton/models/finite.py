@@ -16,7 +16,7 @@ def check_finite(function: str, model: nn.Module) -> None:
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if _is_filled(tensor)}
-    edges = {name: torch.stack(tensor.aminmax()).float() for name, tensor in tensors.items()}  # a NaN is both of them
+    edges = {name: torch.stack(_comparable(tensor).aminmax()).double() for name, tensor in tensors.items()}  # a NaN is both of them
     for name, finite, number in zip(edges, *_verdicts(list(edges.values())), strict=True):
         if not (finite if name in parameters else number):
             tensor = tensors[name]
@@ -30,6 +30,10 @@ def check_finite(function: str, model: nn.Module) -> None:
 
 def _is_filled(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.itemsize == 1 else tensor  # torch does not compare fp8
 
 
 def _verdicts(edges: list[Tensor]) -> tuple[list[bool], list[bool]]:

@@ -72,6 +72,7 @@ class BlockWalker:
                 kept = self._run(position, passing)
                 if kept is not None:
                     self._states.put(position, kept)
+                del passing, kept  # a window's state is large, and the next one's is asked for at once
         self._done = max(self._done, keep)
 
     def reads(self, index: int, weights: Mapping[str, nn.Parameter]) -> set[str]:

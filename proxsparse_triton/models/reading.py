@@ -29,23 +29,24 @@ def read_as(model: nn.Module, readers: Mapping[nn.Parameter, Reader]) -> Iterato
     counts as one.
     """
     running: list[nn.Module] = []  # modules whose forward pass has begun, the innermost last
-    classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    classes: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
     handles: list[Any] = []
     try:
         for module in _with_ancestors(model, readers):
             handles.append(module.register_forward_pre_hook(partial(_enter, running), prepend=True))
             handles.append(module.register_forward_hook(partial(_leave, running), always_call=True))
         for module, names in _holders(model, readers).items():
-            classes.append((module, type(module)))
-            properties = {name: _attribute(name, reader, running) for name, reader in names.items()}
             kind = type(module)
-            module.__class__ = type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__, "__doc__": kind.__doc__})
+            properties = {name: _attribute(name, reader, running) for name, reader in names.items()}
+            swapped = type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__, "__doc__": kind.__doc__})
+            classes.append((module, kind, swapped))
+            module.__class__ = swapped
         yield
     finally:
-        for module, kind in classes:
-            for name in _attributes(type(module)):  # a class outlives its last object until garbage is collected: it must not hold readers
-                delattr(type(module), name)
+        for module, kind, swapped in classes:
             module.__class__ = kind
+            for name in _attributes(swapped):  # a class outlives its last object until garbage is collected: it must not hold readers
+                delattr(swapped, name)
         for handle in handles:
             handle.remove()
 
@@ -53,12 +54,14 @@ def read_as(model: nn.Module, readers: Mapping[nn.Parameter, Reader]) -> Iterato
 def unread(model: nn.Module, parameters: Mapping[str, nn.Parameter], windows: Sequence[Tensor]) -> list[str]:
     """Names of the parameters that no forward pass over the windows reads, in eval mode, nor over the first one in train mode.
 
-    Stops as soon as all were read, which for most models is after the first tokens: so those come first, in a pass of their own.
+    Stops as soon as all were read, which for most models is after the first tokens: so those come first, in a pass of their own. Every
+    look counts as a read, one for the dtype too. Buffers are left as they were (running means move in train mode).
 
     Args: parameters: any name -> parameter of `model`. windows: int64 [tokens], on any device.
     """
     left = dict(parameters)
     device = next(model.parameters()).device
+    buffers: list[tuple[Tensor, Tensor]] = []
 
     def reader(name: str, parameter: nn.Parameter) -> Tensor:
         left.pop(name, None)
@@ -69,8 +72,12 @@ def unread(model: nn.Module, parameters: Mapping[str, nn.Parameter], windows: Se
         for window, evaluates in passes:
             if not left:
                 break
+            if not evaluates:
+                buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             with evaluating(model, evaluates):
                 model(input_ids=window[None].to(device), use_cache=False)
+        for buffer, before in buffers:
+            buffer.copy_(before)
     return list(left)
 
 

@@ -82,9 +82,10 @@ def input_norms(model: nn.Module, linears: Mapping[str, nn.Linear], windows: Seq
     """
     norms = {name: InputNorm(linear) for name, linear in linears.items()}
     device = next(model.parameters()).device
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    with_head = any(linear is head for linear in linears.values())
-    runs = model if with_head else getattr(model, "base_model", model)  # the logits of a large vocabulary only where they are asked for
+    base = getattr(model, "base_model", model)
+    inside = {id(parameter) for parameter in base.parameters()}
+    # The logits of a large vocabulary only where they are asked for.
+    runs = base if all(id(linear.weight) in inside for linear in linears.values()) else model
     with evaluating(model), torch.no_grad(), observe(linears, norms, within=model):
         for window in windows:
             runs(input_ids=window[None].to(device), use_cache=False)

@@ -370,6 +370,7 @@ class ProxAdamW(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._watch = self._error = None  # of a step before it
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()

@@ -32,7 +32,8 @@ class PretrainedWeights:
         scales: parameter name -> column_scale fp32 [in_features]; layers without one are masked by magnitude.
         others: further parameters that will learn and that the teacher has to have as they are now.
 
-    W0 is kept in bf16 where that loses nothing, beside the learned weights: 2 bytes a weight.
+    W0 is kept in bf16 where that loses nothing, beside the learned weights: 2 bytes a weight. Under autocast its own casts of the masked
+    weights wait for the backward pass too, 2 more.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class PretrainedWeights:
         self._teaching = True
         for p, original in self._others:
             p.data = original
+        torch.clear_autocast_cache()  # which knows a parameter's cast by the parameter alone
         try:
             yield
         finally:
             self._teaching = False
             for (p, _), data in zip(self._others, learned, strict=True):
                 p.data = data
+            torch.clear_autocast_cache()
 
     def _read(self, kind: Forward, name: str, masked: _MaskedWeights, weight: nn.Parameter) -> Tensor:
         w0 = self.tensors[name]
@@ -140,7 +143,9 @@ class _MaskedWeights:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
-        found = self._alive.get(tensor.untyped_storage()._cdata) if self._alive else None
+        if not self._alive or tensor.layout is not torch.strided:
+            return tensor
+        found = self._alive.get(tensor.untyped_storage()._cdata)
         masked = None if found is None else found[0]()
         if found is None or masked is None or tensor.dtype != masked.dtype:
             return tensor
