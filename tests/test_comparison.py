@@ -15,6 +15,7 @@ from torch import nn
 from proxsparse_triton import comparison, pipeline
 from proxsparse_triton.comparison import Comparison, agreement, compare
 from proxsparse_triton.errors import ConfigError, LearningError
+from proxsparse_triton.formats.owned import MARKER
 from proxsparse_triton.formats.verify import verify_folder
 from proxsparse_triton.methods.magnitude import Magnitude
 from proxsparse_triton.methods.wanda import Wanda
@@ -169,8 +170,8 @@ def test_a_method_that_diverges_keeps_its_metrics(text: str, tmp_path: Path) -> 
         compare(config(tmp_path / "run", text), ["magnitude", "proxsparse"], {"proxsparse": {"recipe": "paper", "lr": 1e30}})
     left = tmp_path / "run.partial"
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
-    assert {path.name for path in left.iterdir()} == {"magnitude", "proxsparse.partial"}
-    assert [path.name for path in (left / "proxsparse.partial").iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in left.iterdir()} == {"magnitude", "proxsparse.partial", MARKER}
+    assert {path.name for path in (left / "proxsparse.partial").iterdir()} == {"metrics.jsonl", MARKER}
     assert verify_folder(left / "magnitude", original=ASSET).ok
     rows = (tmp_path / "run.partial" / "proxsparse.partial" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
@@ -205,5 +206,5 @@ def test_a_method_that_is_interrupted_leaves_those_before_it(text: str, tmp_path
     with pytest.raises(KeyboardInterrupt):
         compare(config(tmp_path / "run", text), ["wanda", "magnitude"], {})
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
-    assert [path.name for path in (tmp_path / "run.partial").iterdir()] == ["wanda"]
+    assert {path.name for path in (tmp_path / "run.partial").iterdir()} == {"wanda", MARKER}
     assert verify_folder(tmp_path / "run.partial" / "wanda", original=ASSET).ok

@@ -20,6 +20,7 @@ from proxsparse_triton import load_masks, pipeline
 from proxsparse_triton.calibration.sources import open_source
 from proxsparse_triton.calibration.windows import evaluation_windows
 from proxsparse_triton.errors import ConfigError, DataError, LearningError, ResourceError
+from proxsparse_triton.formats.owned import MARKER
 from proxsparse_triton.formats.verify import verify_folder
 from proxsparse_triton.methods.magnitude import Magnitude, magnitude_mask
 from proxsparse_triton.models.loading import load_tokenizer, resolve_model
@@ -335,7 +336,7 @@ def test_divergence_keeps_the_metrics(text: str, tmp_path: Path) -> None:
         prune(config(out, text, settings={"recipe": "paper", "lr": 1e30, "lambda1": 0.1}))
     assert not out.exists()
     partial = tmp_path / "run.partial"
-    assert [path.name for path in partial.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in partial.iterdir()} == {"metrics.jsonl", MARKER}
     assert [row["step"] for row in rows_of(partial)] == [1, 2]
     # and the next attempt under the same name starts afresh
     prune(config(out, text, settings=LEARN))

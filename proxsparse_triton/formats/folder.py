@@ -20,7 +20,7 @@ from ..errors import OutputError
 from ..marks import TOOL
 from .exchange import exchange
 from .locks import BusyError, Lock
-from .owned import COMPARISON, FILES, MANIFEST_NAME, MARKER, delete, is_run, is_whole, manifest_of, mark, strangers
+from .owned import COMPARISON, FILES, MANIFEST_NAME, MARKER, delete, is_marked, is_run, is_whole, manifest_of, mark, strangers
 from .writing import atomic_file, explained, flush, flush_one, readable_bytes
 
 # Those of the modules around too: whoever writes or knows a folder needs no other.
@@ -89,7 +89,7 @@ def check_apart(path: Path, model: Path, *, inside: bool = False) -> None:
         read = [Path(os.path.realpath(place)) for place in (model, *model.iterdir())]
         holds = any(_within(place, folder) for folder in (target, partial) for place in read)
         if holds or (not inside and _within(target, read[0])):
-            where = f"holds files of the model {model}" if holds else f"lies in the model {model}"
+            where = f"holds files of the model {read[0]}" if holds else f"lies in the model {read[0]}"
             raise OutputError(
                 f"output folder: expected an output folder of its own, got {path}, which {where}. Choose another name with -o."
             )
@@ -123,7 +123,7 @@ def output_folder(
     On any exception, KeyboardInterrupt included, everything in it is removed except the files of `keep_on_error` that
     exist and are not empty, and an earlier run at `path` stays as it was. Where only the last renaming fails, the finished run stays
     in the partial folder as it is. A partial folder left by an interrupted run is replaced; one that another process is writing to,
-    or that holds anything else, is refused.
+    that is a finished run, or that holds anything else, is refused.
 
     Args:
         overwrite: as for `check_output`, which is called first.
@@ -144,13 +144,16 @@ def output_folder(
             yield partial
         with explained(path, needed=needed):
             flush(partial)
-            (partial / MARKER).unlink(missing_ok=True)
             finished = True
             _publish(path, target, partial, overwrite)
+            (target / MARKER).unlink(missing_ok=True)
     except BaseException as error:
         interrupts.answer()
-        if not finished and lock.holds(partial):  # by its name alone it might be another run's by now
-            _discard(partial, keep_on_error, made)
+        if lock.holds(partial):  # by its name alone it might be another run's by now
+            if finished:  # without a marker it is a run like any other, which nothing deletes
+                (partial / MARKER).unlink(missing_ok=True)
+            else:
+                _discard(partial, keep_on_error, made)
         _note_what_is_kept(error, path, target, partial, lock, finished)
         raise
     finally:
@@ -215,7 +218,14 @@ def _check_replaceable(path: Path, target: Path, overwrite: bool) -> None:
 
 
 def _check_leftover(partial: Path) -> None:
+    if not is_marked(partial) and is_whole(partial):
+        raise OutputError(
+            f"output folder: expected a free name for the unfinished run, got {partial}, which is a finished run. "
+            "Give it another name, or choose another one with -o."
+        )
     found = strangers(partial, unfinished=True)
+    if not is_marked(partial):  # then whatever is there is not ours to delete
+        found = found or sorted(os.listdir(partial))
     if found:
         more = "" if len(found) == 1 else f" and {len(found) - 1} more"
         raise OutputError(
@@ -269,7 +279,10 @@ def _claim(partial: Path, source: Path | None) -> Lock:
 
 
 def _recover(target: Path, partial: Path) -> None:
-    """Complete what a kill left of a replacement in two steps; RUN.replaced-PID goes, the run that is whole gets its name."""
+    """Complete what a kill left of a replacement in two steps; RUN.replaced-PID goes, the run that is whole gets its name.
+
+    Only of folders with a marker: another one with such a name is the user's.
+    """
     if not os.access(target.parent, os.R_OK | os.X_OK):
         return
     pattern = re.compile(rf"{re.escape(target.name)}\.replaced-\d+")
@@ -281,11 +294,12 @@ def _recover(target: Path, partial: Path) -> None:
         except BusyError:  # its run is at work
             continue
         try:
-            if strangers(aside, unfinished=True):  # somebody else's
+            if not is_marked(aside) or strangers(aside, unfinished=True):
                 continue
             if not os.path.lexists(target) and is_whole(aside):
-                done = is_whole(partial) and not (partial / MARKER).exists() and not strangers(partial)
+                done = is_marked(partial) and is_whole(partial) and not strangers(partial, unfinished=True)
                 os.rename(partial if done else aside, target)
+                (target / MARKER).unlink(missing_ok=True)
             if aside.exists():
                 delete(aside)
         finally:
@@ -318,15 +332,18 @@ def _publish(path: Path, target: Path, partial: Path, overwrite: bool) -> None:
     _check_replaceable(path, target, overwrite)  # again: hours may have passed
     with _locked(target):  # the earlier run, under whichever name it goes
         earlier = partial
-        if not exchange(partial, target):
-            earlier = _aside(target)
-            os.rename(target, earlier)
-            try:
+        mark(target, None)  # what is deleted under another name is known as ours by it
+        try:
+            if not exchange(partial, target):
+                earlier = _aside(target)
+                os.rename(target, earlier)
                 os.rename(partial, target)
-            except BaseException:
-                if not os.path.lexists(target):
-                    os.rename(earlier, target)
-                raise
+        except BaseException:
+            if earlier != partial and not os.path.lexists(target):
+                os.rename(earlier, target)
+            if partial.exists():  # still the new run
+                (target / MARKER).unlink(missing_ok=True)
+            raise
         _flush_parent(target)
         try:
             delete(earlier)
@@ -342,13 +359,17 @@ def _flush_parent(target: Path) -> None:
 def _discard(partial: Path, keep: Sequence[str], made: Sequence[Path]) -> None:
     """Empty `partial` except for the files worth keeping; never raises, since an exception is on its way already."""
     with suppress(OSError):
-        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == MARKER):
+        for entry in sorted(partial.iterdir()):
             with suppress(OSError):
+                if entry.name == MARKER:
+                    continue
                 if entry.is_dir() and not entry.is_symlink():
                     if entry.name not in keep:
                         shutil.rmtree(entry)
                 elif entry.name not in keep or entry.stat().st_size == 0:
                     entry.unlink()
+        if os.listdir(partial) == [MARKER]:  # it says whose the files are that are kept
+            (partial / MARKER).unlink()
         partial.rmdir()
         _remove_empty(made)
 
@@ -357,9 +378,9 @@ def _note_what_is_kept(error: BaseException, path: Path, target: Path, partial: 
     if lock.holds(target):
         error.add_note(f"The run is complete in {path}; what is left of the one that it replaces goes with the next run of that name.")
     elif finished and lock.holds(partial):
-        error.add_note(f"The finished run is whole in {partial}: give it another name, the next run of the name {path} replaces it.")
+        error.add_note(f"The finished run is whole in {partial}: give it another name.")
     elif lock.holds(partial):
-        kept = ", ".join(sorted(os.listdir(partial)))
+        kept = ", ".join(sorted(name for name in os.listdir(partial) if name != MARKER))
         error.add_note(f"Kept in {path}.partial until the next run of that name: {kept}.")
 
 

@@ -20,7 +20,7 @@ from ..marks import HEAD_BYTES, PAGE_MARK, PICTURE_MARK, TOOL
 MANIFEST_NAME = "manifest.json"
 FILES = "files"  # of the manifest: what the folder held when it was written, see records.py
 COMPARISON = "comparison"  # of the manifest: the runs of a comparison, each in a folder of its own
-MARKER = ".unfinished-run.json"  # in a folder that is being written
+MARKER = ".unfinished-run.json"  # in a folder that is being written, or is about to be deleted
 MAX_MANIFEST = 100_000_000  # bytes
 
 # What `pst report` adds later on, and what a kill leaves of it.
@@ -61,6 +61,11 @@ def is_whole(folder: Path) -> bool:
     return all(is_whole(folder / run) for run in runs) and all((folder / name).is_file() for name in _recorded(manifest))
 
 
+def is_marked(folder: Path) -> bool:
+    """True for a folder that is being written or deleted, or was when its process ended: without strangers it may go."""
+    return _marker(folder) is not None
+
+
 def mark(folder: Path, source: Path | None) -> None:
     """Leave the marker in `folder`, which is ours: what is copied from the model in `source` is ours too."""
     copied = [*source.iterdir(), *source.glob("additional_chat_templates/*")] if source is not None else []
@@ -78,10 +83,10 @@ def strangers(folder: Path, *, unfinished: bool = False) -> list[str]:
     manifest = manifest_of(folder)
     names = set(_recorded(manifest))
     if manifest:
-        names |= {MANIFEST_NAME}
+        names |= {MANIFEST_NAME, MARKER}  # which a kill right after the renaming leaves
     marker = _marker(folder) if unfinished else None
-    if unfinished:
-        names |= _UNFINISHED | set(marker or ())
+    if marker is not None:
+        names |= _UNFINISHED | set(marker)
     parents = {str(parent) for name in names for parent in PurePosixPath(name).parents} | {PICTURES}
     runs = {run for run in _compared(manifest) if _is_as_recorded(folder, f"{run}/{MANIFEST_NAME}", manifest)}
 

@@ -20,6 +20,7 @@ from proxsparse_triton.errors import OutputError
 from proxsparse_triton.formats import dense as dense_module
 from proxsparse_triton.formats.folder import output_folder
 from proxsparse_triton.formats.masks import apply_masks
+from proxsparse_triton.formats.owned import MARKER
 from proxsparse_triton.formats.shards import model_files, read_header, write_safetensors
 
 ASSET = Path(__file__).parents[2] / "proxsparse_triton" / "assets" / "pylm-2m"
@@ -352,6 +353,6 @@ class TestInterrupted:
         with pytest.raises(expected) as caught:
             run()
         assert len(calls) == 8
-        assert contents(tmp_path) == {"run.partial/metrics.jsonl"}
+        assert contents(tmp_path) == {"run.partial/metrics.jsonl", f"run.partial/{MARKER}"}
         assert "\n" not in str(caught.value)
         assert before == {path.name: path.read_bytes() for path in sharded.iterdir()}

@@ -9,7 +9,7 @@ import pytest
 
 from proxsparse_triton.errors import OutputError
 from proxsparse_triton.formats.folder import atomic_file, check_output, check_space, is_run, output_folder
-from proxsparse_triton.formats.owned import MARKER
+from proxsparse_triton.formats.owned import MARKER, mark
 
 
 def earlier_run(path: Path, mark: str = "old") -> Path:
@@ -164,6 +164,7 @@ class TestOutputFolder:
     def test_leftovers_of_an_interrupted_run_are_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "run.partial" / "junk").mkdir(parents=True)
         (tmp_path / "run.partial" / "metrics.jsonl").write_text("{}\n")
+        mark(tmp_path / "run.partial", None)
         with output_folder(tmp_path / "run") as partial:
             assert contents(partial) == {MARKER}
         assert contents(tmp_path) == {"run"}
@@ -180,7 +181,7 @@ class TestOutputFolder:
 
         with pytest.raises(error) as raised:
             write(tmp_path / "run", body, keep_on_error=["metrics.jsonl", "log", "absent"])
-        assert contents(tmp_path) == {"run.partial", "run.partial/metrics.jsonl"}
+        assert contents(tmp_path) == {"run.partial", "run.partial/metrics.jsonl", f"run.partial/{MARKER}"}
         assert raised.value.__notes__ == [f"Kept in {tmp_path / 'run'}.partial until the next run of that name: metrics.jsonl."]
 
     def test_an_exception_with_nothing_to_keep_leaves_nothing(self, tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ def test_the_marker_makes_what_a_kill_left_ours(tmp_path: Path, marked: bool) ->
     ]
     for name in (*names, "metrics.jsonl", "masks.safetensors", ".masks.safetensors.partial", ".manifest.json.partial"):
         write(partial / name)
-    assert strangers(partial, unfinished=True) == ([] if marked else sorted(names))
+    unmarked = sorted([*names, "metrics.jsonl", "masks.safetensors"])
+    assert strangers(partial, unfinished=True) == ([] if marked else unmarked)
     write(partial / "thesis.txt")
     assert "thesis.txt" in strangers(partial, unfinished=True)
 
@@ -185,6 +186,7 @@ def test_finished_runs_of_an_unfinished_comparison_are_ours(tmp_path: Path) -> N
 def test_what_a_killed_deletion_leaves_is_still_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
     """The record goes last, at every depth."""
     table = comparison(tmp_path / "run.partial", "wanda")
+    mark(table, None)
     unlink, count = os.unlink, [0]
 
     def limited(path: str) -> None:
@@ -198,6 +200,28 @@ def test_what_a_killed_deletion_leaves_is_still_ours(tmp_path: Path, monkeypatch
         delete(table)
     monkeypatch.undo()
     check_output(tmp_path / "run", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["run.partial", "run.replaced-20240101"])
+def test_a_finished_run_of_such_a_name_is_not_ours_to_delete(tmp_path: Path, name: str) -> None:
+    """A user's, or one whose last renaming failed: nothing marks it."""
+    run = run_folder(tmp_path / name)
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    if name.endswith("partial"):
+        with pytest.raises(OutputError, match=r"which is a finished run\. Give it another name"):
+            check_output(tmp_path / "run", overwrite=True)
+    else:
+        check_output(tmp_path / "run", overwrite=True)
+        assert not (tmp_path / "run").exists()
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "masks.safetensors", "logs/metrics.jsonl"])
+def test_common_names_do_not_make_a_folder_ours(tmp_path: Path, file: str) -> None:
+    write(tmp_path / "run.partial" / file, "mine")
+    with pytest.raises(OutputError, match="which no run of this tool left there"):
+        check_output(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run.partial" / file).read_text() == "mine"
 
 
 def test_whole_runs(tmp_path: Path) -> None:

@@ -15,16 +15,17 @@ from proxsparse_triton.errors import OutputError
 from proxsparse_triton.formats import folder as folder_module
 from proxsparse_triton.formats.exchange import exchange
 from proxsparse_triton.formats.folder import check_apart, check_output, output_folder
+from proxsparse_triton.formats.owned import MARKER, mark
 
 
-def run_folder(path: Path, mark: str) -> Path:
+def run_folder(path: Path, words: str) -> Path:
     path.mkdir(parents=True)
-    fill(path, mark)
+    fill(path, words)
     return path
 
 
-def fill(path: Path, mark: str) -> None:
-    (path / "mark").write_text(mark)
+def fill(path: Path, words: str) -> None:
+    (path / "mark").write_text(words)
     (path / "manifest.json").write_text(json.dumps({"tool": "proxsparse-triton", "files": {"mark": {}}}))
 
 
@@ -78,14 +79,16 @@ def test_a_failing_rename_keeps_both_runs(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(os, "rename", lambda a, b: fail(a, b) if str(a).endswith(".partial") else rename(a, b))
     with pytest.raises(OutputError, match=rf"got {os.strerror(code).lower()} at .*run\. ") as raised:
         write(run, overwrite=True)
-    assert raised.value.__notes__ == [
-        f"The finished run is whole in {run}.partial: give it another name, the next run of the name {run} replaces it."
-    ]
+    assert raised.value.__notes__ == [f"The finished run is whole in {run}.partial: give it another name."]
     assert contents(tmp_path) == WHOLE | KEPT
     assert [(tmp_path / name / "mark").read_text() for name in ("run", "run.partial")] == ["old", "new"]
     monkeypatch.undo()
+    with pytest.raises(OutputError, match=r"got .*run\.partial, which is a finished run\. Give it another name"):
+        write(run, lambda partial: fill(partial, "third"), overwrite=True)
+    assert contents(tmp_path) == WHOLE | KEPT
+    os.rename(f"{run}.partial", tmp_path / "saved")
     write(run, lambda partial: fill(partial, "third"), overwrite=True)
-    assert contents(tmp_path) == WHOLE
+    assert (run / "mark").read_text() == "third"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -157,23 +160,26 @@ def test_an_interrupt_while_the_old_run_is_deleted_says_that_the_new_one_is_comp
 
 @pytest.mark.parametrize("new", ["whole", "half", "none"])
 def test_a_kill_between_two_renames_is_recovered_from(tmp_path: Path, new: str) -> None:
-    run_folder(tmp_path / "run.replaced-17", "old")
+    mark(run_folder(tmp_path / "run.replaced-17", "old"), None)
     if new == "whole":
-        run_folder(tmp_path / "run.partial", "new")
+        mark(run_folder(tmp_path / "run.partial", "new"), None)
     elif new == "half":
         (tmp_path / "run.partial").mkdir()
         (tmp_path / "run.partial" / "metrics.jsonl").touch()
+        mark(tmp_path / "run.partial", None)
     with pytest.raises(OutputError, match="an earlier run, which is kept"):
         check_output(tmp_path / "run", overwrite=False)
     assert (tmp_path / "run" / "mark").read_text() == ("new" if new == "whole" else "old")
-    assert contents(tmp_path) - {"run.partial", "run.partial/metrics.jsonl"} == WHOLE
+    assert contents(tmp_path) - {"run.partial", "run.partial/metrics.jsonl", f"run.partial/{MARKER}"} == WHOLE
 
 
 def test_remains_of_a_replaced_run_go_and_those_of_others_stay(tmp_path: Path) -> None:
     run_folder(tmp_path / "run", "new")
-    (run_folder(tmp_path / "run.replaced-17", "old") / "mark").unlink()
-    (tmp_path / "run.replaced-18").mkdir()
-    (run_folder(tmp_path / "run.replaced-19", "old") / "mine.txt").touch()
+    for pid, work in ((17, "unlink"), (18, "touch")):  # one that is half deleted, and one that is not yet
+        mark(run_folder(tmp_path / f"run.replaced-{pid}", "old"), None)
+        getattr(tmp_path / f"run.replaced-{pid}" / "mark", work)()
+    mark(run_folder(tmp_path / "run.replaced-19", "old"), None)
+    (tmp_path / "run.replaced-19" / "mine.txt").touch()
     (tmp_path / "run.replaced-20").symlink_to(tmp_path)
     run_folder(tmp_path / "run.replaced-mine", "mine")
     check_output(tmp_path / "run", overwrite=True)
