@@ -83,7 +83,7 @@ def export_run(
     check_unchanged("export", source.folder, pruned.manifest)
     bare = _packable(source, pruned, trust_remote_code) if format == "packed" else None
     if format != "masks":
-        check_small_files(source.folder)
+        check_small_files(source.folder, progress)
     if pruned.recorded and (include or skip):
         raise ConfigError(f"export: expected no --include or --skip, as {run} records its pruned layers, got one. Leave it out.")
     size = sum(path.stat().st_size for path in source.weight_files)

@@ -167,7 +167,7 @@ def prepare(config: RunConfig, methods: Sequence[Method], progress: Progress) ->
     """Checks everything that can be checked, reads text and model, prints the plan, measures the dense model."""
     source = resolve_model(config.model, revision=config.revision)
     check_apart(config.output, source.folder)
-    check_small_files(source.folder)
+    check_small_files(source.folder, progress)
     check_space(config.output, sum(path.stat().st_size for path in source.weight_files))
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code, progress=progress)
     described = load_config(source, trust_remote_code=config.trust_remote_code)

@@ -41,7 +41,11 @@ def verify(path: str, original: str | None, as_json: bool) -> None:
         _print_report(report)
     if not report.ok:
         more = f" ({len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
-        raise ModelError(f"verify: expected a 2:4 model in {path}, got: {report.problems[0]}{more}. Prune the model again.")
+        rule, advice = f"a 2:4 model in {path}", "Prune the model again."
+        if report.only_files:
+            rule = f"the files of {path} as they were written"
+            advice = "Copy the folder again; if the change is yours, the weights are 2:4 all the same."
+        raise ModelError(f"verify: expected {rule}, got: {report.problems[0]}{more}. {advice}")
 
 
 def _print_json(report: VerifyReport) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ModelError, OutputError, ShapeError
 from ..files import MAX_SMALL, is_regular, open_regular
 from ..models.checkpoint import read_json_object
+from ..progress import SILENT, Progress
 from .folder import MANIFEST_NAME
 from .manifest import plain
 from .masks import check_masks
@@ -230,6 +231,8 @@ def _size(entry: Entry) -> int:
 def copy_small_files(folder: Path, out: Path) -> None:
     """Tokenizer, generation settings, chat templates, custom code and licences; weights and pickles never.
 
+    What else lies there and is no small file (a corpus, a pipe) is left out.
+
     Raises: as `check_small_files`.
     """
     check_small_files(folder)
@@ -240,27 +243,49 @@ def copy_small_files(folder: Path, out: Path) -> None:
             shutil.copyfileobj(source, sink)
 
 
-def check_small_files(folder: Path) -> None:
-    """Raise ModelError unless what `copy_small_files` would take is this model's own.
+def check_small_files(folder: Path, progress: Progress = SILENT) -> None:
+    """Raise ModelError unless what `copy_small_files` would take is this model's own, and note what it leaves out.
 
     A link that leads out of the folder would publish with the model what somebody else's file holds. The Hub's cache is made of links
-    too: those of a snapshot lead to the blobs of the same repository.
+    too: those of a snapshot lead to the blobs of the same repository, which may lie on another disk, or, in caches that were filled by
+    hand or moved, of another copy of it.
     """
     home = folder.resolve()
-    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    homes = (home, (home.parent.parent / "blobs").resolve()) if home.parent.name == "snapshots" else (home,)
     for path in (folder / "config.json", folder / INDEX_NAME, *_small_files(folder)):
         real = path.resolve()
-        if not any(real.is_relative_to(inside) for inside in homes):
+        if not (_is_blob(real) or any(real.is_relative_to(inside) for inside in homes)):
             raise ModelError(
                 f"{folder}: expected files of the model's own, got the link {path.name} to {real}, outside of its folder, which would be "
                 "copied. Put the file itself in its place."
             )
+    for path in _candidates(folder):
+        if is_regular(path) and not _fits(path):
+            progress.note(f"{path.name} is not copied with the model: it is no small file that can be read.")
+
+
+def _is_blob(real: Path) -> bool:
+    """True for a file of a repository in the Hub's cache: models--org--name/blobs/HASH."""
+    return real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
 
 
 def _small_files(folder: Path) -> list[Path]:
+    return [path for path in _candidates(folder) if _fits(path)]
+
+
+def _candidates(folder: Path) -> list[Path]:
     templates = folder / "additional_chat_templates"
     nested = list(templates.glob("*.jinja")) if templates.is_dir() else []
-    return [path for path in sorted([*folder.iterdir(), *nested]) if is_regular(path) and _wanted(path.name)]
+    return [path for path in sorted([*folder.iterdir(), *nested]) if _wanted(path.name)]
+
+
+def _fits(path: Path) -> bool:
+    """False for what is no small file that can be read: those that a loader opens were checked, so it is none of the model."""
+    try:
+        open_regular(path, MAX_SMALL).close()
+    except OSError:
+        return False
+    return True
 
 
 def _wanted(name: str) -> bool:

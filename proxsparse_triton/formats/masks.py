@@ -139,6 +139,14 @@ class StoredMasks(Mapping[str, Tensor]):
             ) from error
 
 
+def has_format(path: Path) -> bool:
+    """True for a masks file of this tool, of any version; False for anything else and for a file that cannot be read."""
+    try:
+        return read_header(path).metadata.get("format") == FORMAT
+    except (ModelError, OSError):
+        return False
+
+
 def load_masks(path: str | Path) -> dict[str, Tensor]:
     """Read the masks of a run folder or of a masks file: parameter name -> bool mask of the weight's shape, CPU.
 

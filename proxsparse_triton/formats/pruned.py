@@ -16,7 +16,7 @@ from ..ops.mask import mask_24
 from ..sparsity import BLOCK, KEPT, check_width
 from .folder import MANIFEST_NAME, TOOL
 from .manifest import PARAMETERS, WEIGHTS_UPDATED
-from .masks import StoredMasks
+from .masks import StoredMasks, has_format
 from .records import changed_files
 from .shards import MASKS_NAME, WeightFiles, resolve_names
 
@@ -90,9 +90,9 @@ class PrunedFolder(Mapping[str, Tensor]):
 
 
 def own_record(folder: Path) -> Mapping[str, Any]:
-    """The manifest of a folder that pst wrote; empty for any other folder.
+    """The manifest of a folder that pst wrote; empty for any other folder, whatever else goes by that name there.
 
-    Raises: ModelError: it is there and cannot be read, so that nobody knows what it says.
+    Raises: ModelError: it cannot be read in a folder that is ours by its other files, so that nobody knows what it says.
     """
     path = folder / MANIFEST_NAME
     if not os.path.lexists(path):
@@ -100,13 +100,32 @@ def own_record(folder: Path) -> Mapping[str, Any]:
     try:
         manifest = read_json(path)
     except (OSError, ValueError):
-        return read_json_object(path)  # which says what is wrong
+        if _configured(folder) or has_format(folder / MASKS_NAME):
+            return read_json_object(path)  # which says what is wrong
+        return {}
     return manifest if isinstance(manifest, dict) and manifest.get("tool") == TOOL else {}
 
 
 def own_masks(folder: Path) -> Mapping[str, Tensor]:
-    """The masks that lie in a folder, by parameter name; none where there is no file of them. ModelError: it is damaged."""
-    return StoredMasks(folder) if os.path.lexists(folder / MASKS_NAME) else {}
+    """The masks that lie in a folder, by parameter name; none where there is no file of them, or somebody else's of that name.
+
+    Raises: ModelError: they are ours, by their format or by the folder's other files, and damaged.
+    """
+    path = folder / MASKS_NAME
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return StoredMasks(folder)
+    except ModelError:
+        if has_format(path) or _configured(folder) or own_record(folder):
+            raise
+        return {}
+
+
+def _configured(folder: Path) -> bool:
+    """True where config.json says that pst pruned the model."""
+    path = folder / "config.json"
+    return os.path.lexists(path) and "proxsparse" in read_json_object(path)
 
 
 def damage(folder: Path) -> list[str]:

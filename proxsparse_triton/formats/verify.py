@@ -53,10 +53,16 @@ class VerifyReport:
     layers: tuple[LayerReport, ...]
     problems: tuple[str, ...]
     decoder: Share  # how much of it was found 2:4; its size is the manifest's, or by names and shapes in the files
+    changed_files: tuple[str, ...] = ()  # those of the problems that are files which are not as they were written
 
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    @property
+    def only_files(self) -> bool:
+        """True where files were changed and nothing else is wrong: the weights are 2:4."""
+        return bool(self.problems) and self.problems == self.changed_files
 
 
 def verify_folder(path: Path, *, original: Path | None = None, progress: Progress = SILENT) -> VerifyReport:
@@ -98,8 +104,9 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
     problems = [f"{layer.name}: {layer.problem}" for layer in layers if layer.problem]
     if not keys and not any(layer.wrong_blocks == 0 for layer in layers):
         problems.insert(0, "not one layer that is 2:4")
-    if not is_packed_folder(path):  # those of a packed folder are compared when it is opened
-        problems += changed_files(path, manifest)
+    # Those of a packed folder are compared when it is opened.
+    changed = [] if is_packed_folder(path) else changed_files(path, manifest)
+    problems += changed
     if before is not None:
         problems += before.other_problems({layer.name for layer in layers}, files)
     return VerifyReport(
@@ -110,18 +117,25 @@ def verify_folder(path: Path, *, original: Path | None = None, progress: Progres
         layers=tuple(layers),
         problems=tuple(problems),
         decoder=_share(files, [layer.name for layer in layers if layer.wrong_blocks == 0], read_share(manifest.get(DECODER))),
+        changed_files=tuple(changed),
     )
 
 
 def recorded_share(path: Path) -> Share | None:
     """How much of the decoder is 2:4 by the folder's own record (manifest, masks, packed layers); None where it has none.
 
+    Masks that cannot be read tell nothing: the share is of the weights, which are whole without them.
+
     Raises: ModelError: see `verify_folder`; no tensor is read.
     """
     manifest = own_record(path)
     if (share := read_share(manifest.get(DECODER))) is not None:
         return share
-    if not (manifest.get(PARAMETERS) or own_masks(path) or is_packed_folder(path)):
+    try:
+        masks = own_masks(path)
+    except ModelError:
+        return None
+    if not (manifest.get(PARAMETERS) or masks or is_packed_folder(path)):
         return None
     files, _, listed = _opened(path, manifest)
     return _share(files, list(resolve_names("verify", listed, files.shapes).values()))

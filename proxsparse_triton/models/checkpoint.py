@@ -6,6 +6,7 @@ does not find at random and only logs a warning.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import warnings
@@ -70,7 +71,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def unreadable(path: Path, error: OSError) -> ModelError:
     """The error to raise for a file of a model that cannot be opened or read."""
     if isinstance(error, UnfitFileError):
-        return ModelError(f"{path}: expected a file, got {error.strerror}. Put the file itself in its place.")
+        advice = "Move it out of the folder." if error.errno == errno.EFBIG else "Put the file itself in its place."
+        return ModelError(f"{path}: expected a file, got {error.strerror}. {advice}")
     return ModelError(f"{path}: expected a readable file, got {one_line(error)}. Check its permissions.")
 
 

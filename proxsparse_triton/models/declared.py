@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-COUNT = re.compile(r"layer|label|expert|block|depth|head|stage|replace", re.IGNORECASE)  # fields that lists are made of
+# Fields that lists are made of, by the words of their names: num_hidden_layers, first_k_dense_replace.
+COUNTED = frozenset({"layer", "label", "expert", "block", "depth", "head", "stage", "replace"})
+MEASURES = ("_size", "_dim", "_length", "_len", "_id")  # of one such thing, not how many: block_size may be a context length
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_COUNTED = 100_000
 # Of what a model is made of: modules, parameters, buffers. A Llama registers 3 a tensor; experts may be one tensor in the files.
@@ -41,8 +44,11 @@ def check_counts(source: ModelSource, raw: Mapping[str, Any]) -> None:
     Before transformers reads it, which makes lists of that length. Args: raw: the JSON object.
     """
     for name, value in _whole_numbers(raw):
-        if COUNT.search(name) and value > MOST_COUNTED:
-            raise ModelError(f"{source.spec}: expected at most {MOST_COUNTED:,} for {name} in {CONFIG}, got {_number(value)}. {ADVICE}")
+        if value > MOST_COUNTED and _is_count(name):
+            raise ModelError(
+                f"{source.spec}: expected at most {MOST_COUNTED:,} for {name} in {CONFIG}, got {_number(value)}. "
+                f"Correct {name} in {CONFIG}."
+            )
     tensors = len(weight_shapes(source.weight_files)) if source.weight_files else None
     layers = max((value for name, value in _whole_numbers(raw) if name in LAYERS), default=0)
     if tensors is not None and layers > tensors:
@@ -131,6 +137,10 @@ def _counted(source: ModelSource, most: int | None) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_count(name: str) -> bool:
+    return not name.lower().endswith(MEASURES) and any(word.lower().removesuffix("s") in COUNTED for word in WORD.findall(name))
 
 
 def _whole_numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

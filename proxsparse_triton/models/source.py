@@ -34,6 +34,11 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Everything of a Hub repository that is not weights; sub-folders (onnx/, original/) are other forms of the same model.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "tokenizer*")
 SUBFOLDERS = "*/*"
+# Those of them that a loader opens; what else lies in a folder (a corpus, a log) is none of the model.
+LOADED_FILES = (
+    *("config*.json", "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_small(path: Path) -> None:
     """Raise ModelError for a file that the libraries below would read whole, if there is no end of it."""
-    if not any(fnmatch(path.name, pattern) for pattern in SMALL_FILES) or path.is_dir():
+    if not any(fnmatch(path.name, pattern) for pattern in LOADED_FILES) or path.is_dir():
         return
     try:
         open_regular(path, MAX_SMALL).close()

@@ -75,6 +75,20 @@ def test_sizes_that_the_files_do_not_have(copy: Path, changes: dict[str, Any], m
     limited(work)
 
 
+@pytest.mark.parametrize("name", ["block_size", "block_length", "head_dim_len", "multistage_offset", "stage_token_id", "blockade"])
+def test_numbers_that_count_nothing(copy: Path, name: str) -> None:
+    """A context length, a width or a token that only sounds like a number of layers."""
+    edit_json(copy / "config.json", **{name: 131072})
+    load_config(resolve_model(str(copy)))
+
+
+@pytest.mark.parametrize("name", ["n_routed_experts", "first_k_dense_replace", "numLayers", "depths", "block_sizes"])
+def test_numbers_that_count(copy: Path, name: str) -> None:
+    edit_json(copy / "config.json", **{name: 131072})
+    with pytest.raises(ModelError, match=rf"at most 100,000 for {name} in config\.json, got 131,072\. Correct {name} in config\.json\.$"):
+        load_config(resolve_model(str(copy)))
+
+
 def test_parts_that_no_tensor_is_for(copy: Path) -> None:
     """Where the number goes by a name that nobody knows, building stops."""
     source = resolve_model(str(copy))
