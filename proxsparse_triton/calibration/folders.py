@@ -18,8 +18,8 @@ from .rows import RowText, Tally
 FOLDER_CHARACTERS = 2**26  # of documents that are held in memory to be ordered; a folder with more is read file by file
 OPEN_FILES = 8  # read in turn where a folder is too large to be ordered
 NAMED = 5  # files left out that a note names
-# Beside rows these are about the data, not data; alone they are text like any other.
-ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "code_of_conduct")
+# Names up to the first dot. Beside rows these files are about the data, not data; alone they are text like any other.
+ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class TextFolder:
 
     def note(self) -> str:
         """One line for the user; empty where every file is read."""
-        return f"{self.path}: reads {len(self.files)} files, not {self._listed()}." if self.left_out else ""
+        count = len(self.files)
+        return f"{self.path}: reads {count} {'file' if count == 1 else 'files'}, not {self._listed()}." if self.left_out else ""
 
     def _listed(self) -> str:
         named = ", ".join(f"{_printable(name)} ({why})" for name, why in self.left_out[:NAMED])
@@ -81,19 +82,15 @@ def open_folder(path: Path, rows: RowText) -> TextFolder:
 
     Raises: DataError: no file to read, or a folder that cannot be listed.
     """
-
-    def hidden(name: str) -> bool:
-        return name.startswith(".") or name == "__pycache__"
-
     files, left_out = [], []
-    for file in walk(path, hidden):
+    for file in walk(path, _hidden):
         why = _why_not(file, rows)
         if why is None:
             files.append(file)
         else:
             left_out.append((file.relative_to(path).as_posix(), why))
     if any(suffix_of(file.name) not in PLAIN for file in files):
-        about = [file for file in files if suffix_of(file.name) in PLAIN and file.name.lower().startswith(ABOUT)]
+        about = [file for file in files if suffix_of(file.name) in PLAIN and file.name.lower().partition(".")[0] in ABOUT]
         files = [file for file in files if file not in about]
         left_out += [(file.relative_to(path).as_posix(), "about the data") for file in about]
     folder = TextFolder(path, tuple(files), tuple(left_out))
@@ -101,6 +98,16 @@ def open_folder(path: Path, rows: RowText) -> TextFolder:
         got = f"none below it but {folder._listed()}" if left_out else "none below it"
         raise DataError(f"{path}: expected a folder with {ACCEPTED_FILES} files, got {got}. Convert its text to one of these.")
     return folder
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a folder has text, and none of it in rows."""
+    kinds = {suffix_of(file.name) for file in walk(path, _hidden)} - {None}
+    return bool(kinds) and kinds <= set(PLAIN)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
 
 
 def _why_not(file: Path, rows: RowText) -> str | None:

@@ -13,7 +13,8 @@ from .files import FileText, first_line, lines_of
 from .rows import TOO_LONG, RowText
 
 
-def json_lines(path: Path, rows: RowText) -> Iterator[str]:
+def json_lines(path: Path, rows: RowText, rule: str = "one JSON object a line", advice: str = "Mend or remove it") -> Iterator[str]:
+    """One object a line. `rule` and `advice` are what a malformed line is told."""
     for number, line in lines_of(path):
         if not (line := line.strip()):
             continue
@@ -21,16 +22,16 @@ def json_lines(path: Path, rows: RowText) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where}: expected one JSON object a line, got malformed JSON ({first_line(error)}). Mend or remove it."
-            ) from error
+            raise DataError(f"{where}: expected {rule}, got malformed JSON ({first_line(error)}). {advice}.") from error
         yield rows.of(row, where)
 
 
 def json_rows(path: Path, rows: RowText) -> Iterator[str]:
     """An array of objects, or JSON lines under another name."""
     start = next((block.lstrip()[:1] for block in FileText(path).blocks() if not block.isspace()), "")
-    return _json_array(path, rows) if start == "[" else json_lines(path, rows)
+    if start == "[":
+        return _json_array(path, rows)
+    return json_lines(path, rows, "an array of objects or one object a line", "Mend it, or write each object on a line of its own")
 
 
 def _json_array(path: Path, rows: RowText) -> Iterator[str]:

@@ -13,6 +13,7 @@ TEXT = "text"
 # What a row may hold instead of a text, in the order in which it is looked for.
 MESSAGES = ("messages", "conversations")
 PAIR = ("prompt", "completion")
+FORMS = ((TEXT,), *((name,) for name in MESSAGES), PAIR)
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
 
 Messages = Sequence[Mapping[str, object]]
@@ -39,16 +40,18 @@ class Tally:
 
     def note(self) -> str:
         """One line for the user; empty where nothing was left out."""
+        read = "1 row" if self.rows == 1 else f"{self.rows} rows"
         kinds = ((self.empty, "without text (null or empty)"), (self.refused, "that the chat template refuses"))
         left_out = " and ".join(f"{count} {'row' if count == 1 else 'rows'} {kind}" for count, kind in kinds if count)
-        return f"Skipped {left_out} of the {self.rows} rows read; the first: {self.first}." if left_out else ""
+        return f"Skipped {left_out} of the {read} read; the first: {self.first}." if left_out else ""
 
 
 @dataclass(frozen=True)
 class RowText:
     """How the rows of one source become text.
 
-    field: the field that holds it, as the user named it; None: `text`, else `messages`, `conversations` or `prompt` and `completion`.
+    field: the field that holds it, as the user named it; None: the first that is there and not null of `text`,
+        `messages`, `conversations`, `prompt` and `completion`.
     option: what the user names the field with. chat: a tokenizer's chat template; None: rows of messages are refused.
     """
 
@@ -67,6 +70,9 @@ class RowText:
             raise DataError(f"{where}: expected an object with a field {self.field or TEXT!r}, got {_kind(row)}. Write one object a row.")
         names = self.fields(row, where)
         values = [row[name] for name in names]
+        if self.field is None and None in values:  # tables that mix rows of two forms have both fields, and null in one of them
+            names = next((form for form in FORMS if all(row.get(name) is not None for name in form)), names)
+            values = [row[name] for name in names]
         try:
             text = "" if any(value is None or value == [] for value in values) else self._join(values, where, names)
         except RowRefusedError as error:
@@ -82,10 +88,8 @@ class RowText:
     def fields(self, names: Iterable[object], where: str) -> tuple[str, ...]:
         """Which of the fields `names` hold the text: one, or a prompt and its completion. DataError: none, or one of them twice."""
         names = list(names)
-        if self.field is not None or TEXT in names:
-            found: tuple[str, ...] = (self.field or TEXT,)
-        else:
-            found = next(((name,) for name in MESSAGES if name in names), PAIR)
+        forms = FORMS if self.field is None else ((self.field,),)
+        found = next((form for form in forms if set(form) <= set(names)), forms[0])
         for name in found:
             count = names.count(name)
             if count != 1:
@@ -94,6 +98,13 @@ class RowText:
                 advice = f"Name the one with the text with {self.option}" if count == 0 else "Rename one of them"
                 raise DataError(f"{where}: expected a field {self.field or TEXT!r}, got {got}. {advice}.")
         return found
+
+    def columns(self, names: Iterable[object], where: str) -> tuple[str, ...]:
+        """Which columns of a table `of` may ask for: `fields`, and those that stand in where these are null. DataError: as `fields`."""
+        names = list(names)
+        found = self.fields(names, where)
+        others = FORMS if self.field is None else ()
+        return tuple(dict.fromkeys((*found, *(name for form in others if all(names.count(n) == 1 for n in form) for name in form))))
 
     def _join(self, values: Sequence[object], where: str, names: Sequence[str]) -> str:
         """A string, two strings one after the other, or messages through the chat template."""

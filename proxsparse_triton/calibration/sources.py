@@ -19,8 +19,8 @@ from typing import Literal, get_args
 
 from ..errors import ConfigError, DataError, ShortTextError
 from .documents import Document, Tail, document_digest, is_blank, is_heldout, side_of_one
-from .files import ACCEPTED_FILES, BINARY, decode, require, suffix_of
-from .folders import open_folder, walk
+from .files import ACCEPTED_FILES, BINARY, PLAIN, decode, require, suffix_of
+from .folders import is_plain, open_folder, walk
 from .hub import ACCEPTED, HubText, hub_documents
 from .readers import read_documents
 from .rows import Chat, RowText, Tally
@@ -60,6 +60,15 @@ def is_local(spec: str) -> bool:
     return spec not in BUILT_IN and os.path.exists(os.path.expanduser(spec))
 
 
+def has_rows(spec: str) -> bool:
+    """Whether a field may be named: a Hub dataset, a file of rows, a folder with one. DataError: no such source."""
+    kind = _kind_of(spec)
+    if kind != "local":
+        return kind == "hub"
+    path = Path(os.path.expanduser(spec))
+    return not (is_plain(path) if path.is_dir() else suffix_of(path.name) in PLAIN)
+
+
 def open_source(
     spec: str,
     *,
@@ -75,12 +84,12 @@ def open_source(
             .py (one document each), .jsonl, .json, .csv (all of these also .gz), .parquet, .arrow file (one a row) or a folder of
             such files. What begins with `./`, `../`, `/` or `~`, or names an existing path, is local.
         split: `calibration` and `heldout` never share a document; `all` is both. A source of a single document is split inside it.
-        column: where a row has its text, and which split of a Hub dataset is read; c4 and wikitext2 have their own and ignore it.
+        column: where a row has its text, and which split of a Hub dataset is read; c4 and wikitext2 have their own.
         chat: turns messages into text (`chat.chat_of`); None: rows of messages are refused.
         revision: commit, branch or tag of a Hub dataset.
     Returns: documents in the order of the file or the Hub. A folder and `stdlib` are ordered by document digest: in alphabetical
         order the first windows would all be of one topic.
-    Raises: ConfigError: unknown split, or a revision or Hub split for text that has none. DataError: no such source, an unknown
+    Raises: ConfigError: unknown split, or a revision, Hub split or field for text that has none. DataError: no such source, an unknown
         kind of file, a folder without text; while reading, what `readers` and `hub` say, and a side without any text.
         BackendError: `datasets` (with pyarrow) is missing and needed.
     """
@@ -93,6 +102,10 @@ def open_source(
     if column.split is not None and kind != "hub":
         raise ConfigError(
             f"{spec}: expected {column.split_option} with a Hub dataset (owner/name), got {column.split!r}. Leave the option out."
+        )
+    if column.field is not None and not has_rows(spec):
+        raise ConfigError(
+            f"{spec}: expected {column.field_option} with rows of JSON lines, a table or a Hub dataset, got {column.field!r}. Leave it out."
         )
     name = spec if split == "all" else f"{spec} ({split})"
     if kind in ("c4", "wikitext2"):

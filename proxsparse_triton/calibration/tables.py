@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .rows import TOO_LONG, RowText
 ROWS_AT_ONCE = 1024
 BATCH_BYTES = 2**22  # of a column, by the average of its rows
 READ_AHEAD = 2**20  # bytes of a column read at once, where a row group may have gigabytes
+OTHER_SEPARATORS = ";\t|"  # of what other programs write under the name of CSV
 ARROW_FILE = b"ARROW1"  # the first bytes of Arrow's file format; its stream format has none
 
 
@@ -26,6 +27,8 @@ def csv_rows(path: Path, rows: RowText) -> Iterator[str]:
     try:
         table = csv.reader((line for _, line in lines_of(path)), strict=True)
         names = next(table, [])
+        if len(names) == 1 and names[0] != rows.field and any(mark in names[0] for mark in OTHER_SEPARATORS):
+            raise DataError(f"{path}, line 1: expected comma-separated values, got {names[0]!r}. Put commas between the values.")
         if names:
             rows.fields(names, f"{path}, line 1")
         for number, values in enumerate(table, start=1):  # noqa: B007
@@ -45,7 +48,7 @@ def parquet_rows(path: Path, rows: RowText) -> Iterator[str]:
     with opened(path) as _:  # a regular file that can be read
         pass
     with parquet.ParquetFile(path) as table:
-        names = rows.fields(table.schema_arrow.names, str(path))
+        names = rows.columns(table.schema_arrow.names, str(path))
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
         wanted = [i for i, path_ in enumerate(paths) if path_ in names or path_.startswith(tuple(f"{name}." for name in names))]
         chunks = [table.metadata.row_group(g).column(i) for g in range(table.metadata.num_row_groups) for i in wanted]
@@ -88,15 +91,30 @@ def _batches(path: Path, rows: RowText, batches: Iterator[Any]) -> Iterator[str]
     number = given = 0
     size = path.stat().st_size
     for batch in batches:
-        names = rows.fields(batch.schema.names, str(path))
-        columns = [batch.column(name) for name in names]
+        columns = {name: batch.column(name) for name in rows.columns(batch.schema.names, str(path))}
         for index in range(batch.num_rows):
             number += 1
             where = f"{path}, row {number}"
-            text = rows.of(dict(zip(names, (_value(column[index], where) for column in columns), strict=True)), where)
+            text = rows.of(_Cells(columns, index, where), where)
             given += len(text)
             check_expansion(path, given, size)
             yield text
+
+
+class _Cells(Mapping[str, Any]):
+    """One row, whose cells become Python values when they are asked for."""
+
+    def __init__(self, columns: Mapping[str, Any], index: int, where: str) -> None:
+        self._columns, self._index, self._where = columns, index, where
+
+    def __getitem__(self, name: str) -> Any:
+        return _value(self._columns[name][self._index], self._where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 def _value(scalar: Any, where: str) -> Any:

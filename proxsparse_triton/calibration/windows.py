@@ -98,11 +98,13 @@ def calibration_windows(
         else:
             pool.fill_whole(document_pieces(texts, tokenizer, prefix, seqlen, bos), task)
     _tell(source, progress)
+    excluded = "1 document" if texts.excluded == 1 else f"{texts.excluded} documents"
+    they_are = "it is" if texts.excluded == 1 else "they are"
     if texts.excluded:
-        progress.note(f"Left {texts.excluded} documents of {source.name} out of calibration: they are evaluated on.")
+        progress.note(f"Left {excluded} of {source.name} out of calibration: {they_are} evaluated on.")
     if len(pool.windows) < samples:
         kind = f"windows of {seqlen} tokens" if mode == "packed" else "documents of two tokens or more"
-        left_out = f" ({texts.excluded} documents are left out because they are evaluated on)" if texts.excluded else ""
+        left_out = f" ({excluded} left out because {they_are} evaluated on)" if texts.excluded else ""
         raise ShortTextError(
             f"calibration_windows: expected {samples} {kind} from {source.name}, got {len(pool.windows)}{left_out}. "
             f"Lower --samples{' or --seqlen' if mode == 'packed' else ''}, or give more text."

@@ -16,6 +16,7 @@ from .eval_table import print_report
 from .options import BOS_OPTION
 
 if TYPE_CHECKING:
+    from ..calibration.sources import Column
     from ..calibration.tokens import Bos
     from ..calibration.windows import Windows
     from ..evaluation.harness import TaskResults, TaskScore, TaskSuite
@@ -80,7 +81,7 @@ class _Notes(Progress):
 @click.option("--windows", type=click.IntRange(min=1), help="Number of windows. Default: all; 256 of c4 and Hub datasets.")
 @BOS_OPTION
 @click.option("--text-field", metavar="NAME", help="Field of your own or a Hub dataset's rows with the text. Default: text, else messages.")
-@click.option("--split", metavar="NAME", help="Split of a Hub dataset. Default: train.")
+@click.option("--split", metavar="NAME", help="Split of a Hub dataset; one document in ten of it is measured on. Default: train.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows or answers per forward pass.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: float32 on the CPU, as stored on a GPU.")
@@ -101,7 +102,6 @@ def evaluate(**options: Any) -> None:
     settings = _Settings(**options)
     _check_usage(settings)
 
-    from ..calibration.sources import Column
     from ..calibration.windows import check_ids
     from ..evaluation.harness import load_tasks
     from ..evaluation.text import windows_to_measure
@@ -121,8 +121,7 @@ def evaluate(**options: Any) -> None:
         _check_same_tokenizer(settings, tokenizer, dense)
     with console_progress() as progress:
         measured_on = partial(windows_to_measure, tokenizer=tokenizer, windows=settings.windows, seqlen=seqlen, bos=settings.bos)
-        column = Column(settings.text_field, settings.split)
-        texts = [measured_on(spec, column=column, progress=progress) for spec in settings.perplexity]
+        texts = [measured_on(spec, column=_column(settings, spec), progress=progress) for spec in settings.perplexity]
     for model in filter(None, (source, dense)):
         rows = vocabulary_size(_config(model, settings.trust_remote_code))
         for text in texts:
@@ -159,6 +158,16 @@ def _check_usage(settings: _Settings) -> None:
     ):
         if value is not None and not needed:
             raise click.UsageError(f"{option} has no effect without {'--tasks' if option == '--limit' else '--perplexity'}.")
+
+
+def _column(settings: _Settings, spec: str) -> Column:
+    """Of several texts --text-field is that of those with rows; where none has rows it is refused when they are opened."""
+    from ..calibration.sources import Column, has_rows
+
+    field = settings.text_field
+    if field is not None and not has_rows(spec) and any(map(has_rows, settings.perplexity)):
+        field = None
+    return Column(field, settings.split)
 
 
 def _place(device: str | None) -> str:

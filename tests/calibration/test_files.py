@@ -182,6 +182,24 @@ def test_malformed_json_names_the_line(tmp_path: Path, line: str) -> None:
     assert message(path).startswith(f"{path}, line 3: expected one JSON object a line, got malformed JSON (")
 
 
+def test_one_indented_object_is_told_what_a_json_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "pretty.json"
+    path.write_text(json.dumps({"text": "x"}, indent=2))
+    said = message(path)
+    assert said.startswith(f"{path}, line 1: expected an array of objects or one object a line, got malformed JSON (")
+    assert said.endswith("). Mend it, or write each object on a line of its own.")
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_values_with_something_else_between_them_are_no_csv(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"id{mark}text\n1{mark}x, y\n")
+    said = f"{path}, line 1: expected comma-separated values, got {f'id{mark}text'!r}. Put commas between the values."
+    assert message(path) == said
+    path.write_text(f"id{mark}text\nx\n")
+    assert read(path, f"id{mark}text") == ["x"], "a name that was asked for"
+
+
 def test_utf16_json_is_not_guessed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"text": "x"}\n'.encode("utf-16"))
     assert "line 1: expected UTF-8 text, got the byte 0xff at byte offset 0" in message(tmp_path / "a.jsonl")

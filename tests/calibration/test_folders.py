@@ -27,7 +27,7 @@ def test_a_readme_beside_rows_is_not_the_text(tmp_path: Path) -> None:
     (tmp_path / "LICENSE.txt").write_text("Free")
     source = open_source(str(tmp_path))
     assert sorted(map(str, source.documents())) == ["one", "two"]
-    assert source.notes == (f"{tmp_path}: reads 1 files, not LICENSE.txt (about the data), README.md (about the data).",)
+    assert source.notes == (f"{tmp_path}: reads 1 file, not LICENSE.txt (about the data), README.md (about the data).",)
 
 
 def test_a_readme_among_texts_is_one_of_them(tmp_path: Path) -> None:
@@ -36,6 +36,17 @@ def test_a_readme_among_texts_is_one_of_them(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert sorted(map(str, source.documents())) == ["Read", "a = 1"]
     assert source.notes == ()
+
+
+def test_only_whole_names_are_about_the_data(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows("one"))
+    about = ["COPYING.txt", "Changelog.en.md", "license.txt.gz"]
+    for name in ["notice_board.txt", "readme_first.txt", *about]:
+        (tmp_path / name).write_text(name)
+    folder = open_folder(tmp_path, RowText())
+    assert [file.name for file in folder.files] == ["a.jsonl", "notice_board.txt", "readme_first.txt"]
+    assert folder.left_out == tuple((name, "about the data") for name in about)
+    assert folder.note().startswith(f"{tmp_path}: reads 3 files, not ")
 
 
 def test_settings_in_json_are_no_text(tmp_path: Path) -> None:

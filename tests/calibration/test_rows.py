@@ -32,6 +32,9 @@ def chat(messages: Any) -> str:
         ({"id": 1, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}, SAID),
         ({"prompt": "What? ", "completion": "That."}, "What? That."),
         ({"prompt": [USER], "completion": [ANSWER]}, SAID),
+        ({"text": None, "messages": [USER, ANSWER]}, SAID),
+        ({"text": None, "messages": None, "conversations": [USER, ANSWER]}, SAID),
+        ({"text": None, "prompt": "What? ", "completion": "That."}, "What? That."),
     ],
 )
 def test_the_field_is_found_without_being_named(row: dict[str, Any], text: str) -> None:
@@ -53,6 +56,8 @@ def test_a_named_field_wins_and_may_hold_messages() -> None:
         {"messages": []},
         {"messages": [{"role": "user", "content": None}]},
         {"messages": None},
+        {"text": None, "messages": None},
+        {"text": None, "messages": []},
     ],
 )
 def test_rows_without_text_are_counted(row: dict[str, Any]) -> None:
@@ -92,7 +97,7 @@ def test_the_tokenizers_template_and_what_it_refuses() -> None:
     rows = RowText(chat=chat_of(Templated(ValueError("System role\nnot supported"))))  # type: ignore[arg-type]
     assert rows.of({"messages": [USER]}, "line 1") == ""
     assert rows.tally.note() == (
-        "Skipped 1 row that the chat template refuses of the 1 rows read; the first: line 1 (System role not supported)."
+        "Skipped 1 row that the chat template refuses of the 1 row read; the first: line 1 (System role not supported)."
     )
     with pytest.raises(RowRefusedError):
         chat_of(Templated(KeyError()))([USER])  # type: ignore[arg-type]
@@ -106,7 +111,20 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.parquet", "a.arrow"])
 def test_messages_in_every_kind_of_file_that_can_hold_them(tmp_path: Path, name: str) -> None:
     rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, {"role": "assistant", "content": "Yes"}]}]
-    path = tmp_path / name
+    write(tmp_path / name, rows)
+    assert list(open_source(str(tmp_path / name), chat=chat).documents()) == [SAID, "user: Hello|assistant: Yes|"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.parquet", "a.arrow"])
+def test_messages_stand_in_for_a_null_text(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, [{"text": "a", "messages": None}, {"text": None, "messages": [USER, ANSWER]}, {"text": "b", "messages": [USER]}])
+    assert list(open_source(str(tmp_path / name), chat=chat).documents()) == ["a", SAID, "b"]
+    named = open_source(str(tmp_path / name), column=Column("text"), chat=chat)
+    assert list(named.documents()) == ["a", "b"], "a field that was asked for is the only one"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    name = path.name
     if name.endswith("parquet"):
         parquet.write_table(pa.Table.from_pylist(rows), path)
     elif name.endswith("arrow"):
@@ -116,7 +134,6 @@ def test_messages_in_every_kind_of_file_that_can_hold_them(tmp_path: Path, name:
     else:
         raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    assert list(open_source(str(path), chat=chat).documents()) == [SAID, "user: Hello|assistant: Yes|"]
 
 
 def test_the_tally_starts_anew_with_each_reading(tmp_path: Path) -> None:

@@ -337,3 +337,16 @@ def test_local_text_needs_no_heavy_library() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_field_is_refused_where_there_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.py").write_text("a = 1")
+    for spec in ("stdlib", "c4", "wikitext2", str(tmp_path / "plain" / "a.py"), str(tmp_path / "plain")):
+        with pytest.raises(ConfigError) as caught:
+            open_source(spec, column=Column("foo", field_option="--eval-text-field"))
+        assert str(caught.value) == (
+            f"{spec}: expected --eval-text-field with rows of JSON lines, a table or a Hub dataset, got 'foo'. Leave it out."
+        )
+    (tmp_path / "plain" / "b.jsonl").write_text('{"foo": "x"}\n')
+    assert sorted(documents(tmp_path / "plain", column=Column("foo"))) == ["a = 1", "x"]

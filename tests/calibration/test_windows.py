@@ -302,7 +302,8 @@ def test_evaluated_documents_are_left_out_and_counted(tokenizer: Any, texts: lis
     remaining = [text for text in texts if document_digest(text) not in used]
     alone = calibration_windows(source_of(remaining), tokenizer, samples=8, seqlen=128, mode=mode)
     assert windows.fingerprint == alone.fingerprint
-    assert progress.notes == [f"Left {len(used)} documents of given out of calibration: they are evaluated on."]
+    left_out = "1 document" if len(used) == 1 else f"{len(used)} documents"
+    assert progress.notes == [f"Left {left_out} of given out of calibration: {'it is' if len(used) == 1 else 'they are'} evaluated on."]
 
 
 def test_exclusion_from_joined_text_keeps_the_blank_rows(tokenizer: Any) -> None:
@@ -325,8 +326,17 @@ def test_no_note_without_anything_left_out(tokenizer: Any, texts: list[str]) -> 
 def test_excluding_everything_says_so(tokenizer: Any) -> None:
     texts = [f"x = {i}\n" * 50 for i in range(5)]
     _, used = evaluation_windows(source_of(texts), tokenizer, windows=None, seqlen=8)
-    with pytest.raises(DataError, match=r"got 0 \(5 documents are left out because they are evaluated on\)\. Lower --samples or --seqlen"):
+    with pytest.raises(DataError, match=r"got 0 \(5 documents left out because they are evaluated on\)\. Lower --samples or --seqlen"):
         calibration_windows(source_of(texts), tokenizer, samples=1, seqlen=8, exclude=used)
+
+
+def test_one_document_is_not_called_documents(tokenizer: Any) -> None:
+    texts = [f"x = {i}\n" * 50 for i in range(5)]
+    _, used = evaluation_windows(source_of(texts[:1]), tokenizer, windows=None, seqlen=8)
+    progress = Recorder()
+    with pytest.raises(DataError, match=r"\(1 document left out because it is evaluated on\)"):
+        calibration_windows(source_of(texts), tokenizer, samples=1000, seqlen=8, exclude=used, progress=progress)
+    assert progress.notes == ["Left 1 document of given out of calibration: it is evaluated on."]
 
 
 def test_the_two_sides_of_a_file_share_no_window(tokenizer: Any, tmp_path: Path) -> None:

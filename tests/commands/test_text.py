@@ -158,6 +158,24 @@ def test_each_text_has_its_own_field(model: Path, tmp_path: Path) -> None:
     assert "expected --eval-text-field with --eval, got it alone" in alone.output
 
 
+def test_a_field_without_rows_is_refused_and_belongs_to_the_texts_with_rows(model: Path, tmp_path: Path) -> None:
+    own, plain = rows(tmp_path / "own.jsonl", "content"), tmp_path / "plain.txt"
+    plain.write_text("def function(value):\n    return value\n" * 200)
+    said = "with rows of JSON lines, a table or a Hub dataset, got 'content'. Leave it out."
+    assert f"{plain}: expected --text-field {said}" in prune(model, tmp_path / "run", str(plain), "--text-field", "content").output
+    assert f"stdlib: expected --text-field {said}" in evaluate(model, "stdlib", "--text-field", "content").output
+    refused = prune(model, tmp_path / "run", own, "--text-field", "content", "--eval", plain, "--eval-text-field", "content")
+    assert f"{plain}: expected --eval-text-field {said}" in refused.output
+    done = evaluate(model, own, "--perplexity", plain, "--text-field", "content")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["perplexity"]) == 2
+
+
+def test_the_help_tells_how_much_of_a_split_is_measured_on() -> None:
+    for command in ("prune", "compare", "eval"):
+        assert "one document in ten of it is measured on" in " ".join(invoke(command, "--help").output.split()), command
+
+
 def test_a_null_row_is_skipped_with_a_note(model: Path, tmp_path: Path) -> None:
     text = rows(tmp_path / "t.jsonl", "text")
     content = Path(text).read_text()
