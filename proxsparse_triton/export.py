@@ -70,10 +70,10 @@ def export_run(
     if format not in FORMATS:
         raise ConfigError(f"export: expected --format {', '.join(FORMATS)}, got {format!r}. Choose one of these.")
     if Path(run).is_dir():
-        check_apart(output, Path(run), inside=True)
+        check_apart(output, Path(run))
     check_output(output, overwrite=overwrite)
     source = resolve_model(run)
-    check_apart(output, source.folder, inside=True)
+    check_apart(output, source.folder)
 
     def choose() -> list[str]:
         model = skeleton(source, load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)

@@ -76,22 +76,18 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             _remove_empty(made)
 
 
-def check_apart(path: Path, model: Path, *, inside: bool = False) -> None:
-    """Raise OutputError where a run at `path` would replace the model in the folder `model` that it is made from, or lie in it.
+def check_apart(path: Path, model: Path) -> None:
+    """Raise OutputError where a run at `path` would replace the model in the folder `model` that it is made from. It may lie in it.
 
     Links are followed, those of single files too. The unfinished run's name counts as well.
-
-    Args:
-        inside: it may lie in the model's folder (RUN/packed).
     """
     with explained(path):
         target, partial = _names(path)
-        read = [Path(os.path.realpath(place)) for place in (model, *model.iterdir())]
-        holds = any(_within(place, folder) for folder in (target, partial) for place in read)
-        if holds or (not inside and _within(target, read[0])):
-            where = f"holds files of the model {read[0]}" if holds else f"lies in the model {read[0]}"
+        read = [Path(os.path.realpath(place)) for place in (model, *(file for file in model.iterdir() if file.is_file()))]
+        if any(_within(place, folder) for folder in (target, partial) for place in read):
             raise OutputError(
-                f"output folder: expected an output folder of its own, got {path}, which {where}. Choose another name with -o."
+                f"output folder: expected an output folder of its own, got {path}, which holds files of the model {read[0]}. "
+                "Choose another name with -o."
             )
 
 
