@@ -277,7 +277,7 @@ def _claim(partial: Path, source: Path | None) -> Lock:
 def _recover(target: Path, partial: Path) -> None:
     """Complete what a kill left of a replacement in two steps; RUN.replaced-PID goes, the run that is whole gets its name.
 
-    Only of folders with a marker: another one with such a name is the user's.
+    Only folders with a marker, or with nothing in them: any other one with such a name is the user's.
     """
     if not os.access(target.parent, os.R_OK | os.X_OK):
         return
@@ -290,7 +290,8 @@ def _recover(target: Path, partial: Path) -> None:
         except BusyError:  # its run is at work
             continue
         try:
-            if not is_marked(aside) or strangers(aside, unfinished=True):
+            ours = is_marked(aside) or not os.listdir(aside)  # the marker goes last, the empty folder after it
+            if not ours or strangers(aside, unfinished=True):
                 continue
             if not os.path.lexists(target) and is_whole(aside):
                 done = is_marked(partial) and is_whole(partial) and not strangers(partial, unfinished=True)

@@ -180,6 +180,7 @@ def test_remains_of_a_replaced_run_go_and_those_of_others_stay(tmp_path: Path) -
         getattr(tmp_path / f"run.replaced-{pid}" / "mark", work)()
     mark(run_folder(tmp_path / "run.replaced-19", "old"), None)
     (tmp_path / "run.replaced-19" / "mine.txt").touch()
+    (tmp_path / "run.replaced-21").mkdir()
     (tmp_path / "run.replaced-20").symlink_to(tmp_path)
     run_folder(tmp_path / "run.replaced-mine", "mine")
     check_output(tmp_path / "run", overwrite=True)
