@@ -15,6 +15,7 @@ from torch import nn
 
 from proxsparse_triton import load_masks, pipeline
 from proxsparse_triton.errors import ConfigError, DataError, LearningError
+from proxsparse_triton.formats.owned import MARKER
 from proxsparse_triton.formats.verify import verify_folder
 from proxsparse_triton.methods.repair import Repair
 from proxsparse_triton.pipeline import RunConfig, prune
@@ -116,7 +117,7 @@ def test_a_repair_that_fails_leaves_the_masks(text: str, tmp_path: Path, monkeyp
     with pytest.raises(LearningError, match="expected luck"):
         prune(config(tmp_path / "run", text, "proxsparse", repair="both", include=FIRST))
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
-    assert {path.name for path in (tmp_path / "run.partial").iterdir()} == {"metrics.jsonl", "masks.safetensors"}
+    assert {path.name for path in (tmp_path / "run.partial").iterdir()} == {"metrics.jsonl", "masks.safetensors", MARKER}
     assert len(load_masks(tmp_path / "run.partial")) == 7
 
 

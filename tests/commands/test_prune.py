@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from proxsparse_triton.cli import main
 from proxsparse_triton.errors import ConfigError
+from proxsparse_triton.formats.owned import MARKER
 from proxsparse_triton.methods import proxsparse
 from proxsparse_triton.methods.magnitude import Magnitude
 
@@ -390,7 +391,8 @@ def test_divergence_keeps_the_metrics(text: str, tmp_path: Path) -> None:
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("pst: learning: expected finite losses and gradients, got loss ")
     assert "at step 3 of 4, first seen in model." in line
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == ["run.partial/metrics.jsonl"]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"run.partial/metrics.jsonl", f"run.partial/{MARKER}"}
     assert len((tmp_path / "run.partial" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -436,7 +438,8 @@ def test_control_c_while_learning(text: str, tmp_path: Path) -> None:
     assert out == ""
     assert err.strip().splitlines()[-1].startswith("pst: interrupted")
     assert "Traceback" not in err
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == ["run.partial/metrics.jsonl"]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"run.partial/metrics.jsonl", f"run.partial/{MARKER}"}
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
