@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from zygote import Zygote
 
+from proxsparse_triton.formats.owned import MARKER
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 SMALL = ("--samples", "4", "--seqlen", "64", "--eval-windows", "2", "--device", "cpu")
@@ -229,7 +231,7 @@ class TestMoments:
             assert "Exception ignored" not in ending.said, (index, ending)
             partial = tmp_path / f"run-{index}.partial"
             if partial.exists():
-                assert [path.name for path in partial.iterdir()] == ["metrics.jsonl"]
+                assert {path.name for path in partial.iterdir()} == {"metrics.jsonl", MARKER}
                 assert f"Kept in {partial} until the next run of that name: metrics.jsonl" in ending.said
             assert not run.exists()
 
